@@ -1,0 +1,39 @@
+"""Training-time sparsity for PyTorch Lightning: exact masks, exact resume, one callback."""
+
+from sparsetrain.allocation import ERK, LAMP, Global, Uniform
+from sparsetrain.callbacks import ExactResume, FixedMasks, GradualMagnitudePruning, SparsityCallback, masks_of
+from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
+from sparsetrain.masks import Masks, Pruning, load_masks, prune, save_masks
+from sparsetrain.patterns import Unstructured
+from sparsetrain.schedules import Constant, Cubic, Linear, OneShot
+from sparsetrain.selection import Selection, first_and_last
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ERK",
+    "LAMP",
+    "Constant",
+    "Cubic",
+    "ExactResume",
+    "FixedMasks",
+    "Global",
+    "GradualMagnitudePruning",
+    "Linear",
+    "Magnitude",
+    "Masks",
+    "Movement",
+    "OneShot",
+    "Pruning",
+    "Random",
+    "Saliency",
+    "Selection",
+    "SparsityCallback",
+    "Uniform",
+    "Unstructured",
+    "first_and_last",
+    "load_masks",
+    "masks_of",
+    "prune",
+    "save_masks",
+]

@@ -1,0 +1,8 @@
+"""Lightning callbacks: one for each method, and what makes runs resumable."""
+
+from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.callbacks.fixed import FixedMasks, masks_of
+from sparsetrain.callbacks.gradual import GradualMagnitudePruning
+from sparsetrain.callbacks.resume import ExactResume
+
+__all__ = ["ExactResume", "FixedMasks", "GradualMagnitudePruning", "SparsityCallback", "masks_of"]

@@ -1,0 +1,71 @@
+"""Training with masks that are given: fine-tuning a pruned network, or training a ticket."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.masks import Pruning, load_masks, unpack
+from sparsetrain.selection import Selection
+
+
+class FixedMasks(SparsityCallback):
+    """Train on with given masks: pruned weights are zeroed at the start and stay zero; no mask ever changes.
+
+    Args:
+        masks: parameter name -> bool tensor of its shape, True = kept; or a file: `masks.safetensors`, or a checkpoint
+            of a run with one sparsity callback. Names are those of the LightningModule. For a module pruned with
+            `torch.nn.utils.prune` see `masks_of`.
+        check: see `SparsityCallback`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that holds no masks; at the start of the fit, names or shapes that the module does not have.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor] | str | Path, *, check: str = "cheap") -> None:
+        self._given = dict(masks) if isinstance(masks, Mapping) else _read(Path(masks))
+        for name, mask in self._given.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(f"The mask of {name!r} is {mask.dtype}; it must be torch.bool, True = kept.")
+        super().__init__(Pruning(Selection(include=tuple(self._given))), check=check)
+
+    def target(self, step: int) -> float | None:
+        return None
+
+    def initialize(self) -> None:
+        self.masks.replace(self._given, "The given masks")
+
+
+def masks_of(module: nn.Module) -> dict[str, Tensor]:
+    """The masks of a module that was pruned with `torch.nn.utils.prune`: parameter name -> bool tensor, True = kept.
+
+    Make its pruning permanent (`prune.remove`) after this call, so that the parameters have their names again.
+
+    Raises:
+        ValueError: no parameter of `module` is pruned.
+    """
+    masks = {
+        name.removesuffix("_mask"): buffer.bool()
+        for name, buffer in module.named_buffers()
+        if name.endswith("_mask") and name.removesuffix("_mask") + "_orig" in dict(module.named_parameters())
+    }
+    if not masks:
+        raise ValueError(f"No parameter of {type(module).__name__} is pruned with torch.nn.utils.prune.")
+    return masks
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist. Give a masks.safetensors file or a checkpoint of a sparse run."
+        )
+    if path.suffix == ".safetensors":
+        return load_masks(path)
+    states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
+    found = [s for s in states.values() if isinstance(s, dict) and "masks" in s and "shapes" in s]
+    if len(found) != 1:
+        raise ValueError(f"{path} holds the masks of {len(found)} sparsity callbacks; it must be exactly one.")
+    return {name: unpack(bits, torch.Size(found[0]["shapes"][name])) for name, bits in found[0]["masks"].items()}

@@ -1,0 +1,43 @@
+"""Gradual magnitude pruning: the sparsity follows a schedule while the network trains."""
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
+
+from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.masks import Pruning
+from sparsetrain.schedules import OneShot, Schedule
+
+
+class GradualMagnitudePruning(SparsityCallback):
+    """Prune the smallest weights in many small updates while training goes on; pruned weights stay zero.
+
+    With `OneShot` it is one-shot pruning and fine-tuning; with another criterion in `pruning` it is gradual pruning by
+    that score. `fast_dev_run`, too short for any schedule, prunes to the final sparsity at its first step.
+
+    Args:
+        schedule: when to update the masks, and to which sparsity.
+        pruning: what is pruned, scored and allocated how.
+        check: see `SparsityCallback`.
+
+    Source: Zhu & Gupta 2017, arXiv:1710.01878.
+    Differs: one ranking over all tensors by default, there the same sparsity in each (`Pruning(allocation=Uniform())`);
+        masks only shrink, there a hidden weight may come back.
+    """
+
+    def __init__(self, schedule: Schedule, *, pruning: Pruning = Pruning(), check: str = "cheap") -> None:
+        super().__init__(pruning, check=check)
+        self.schedule = schedule
+        self._resolved = schedule
+
+    def prepare(self, trainer: L.Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning at run time
+            self._resolved = OneShot(self.schedule.final_sparsity)
+            rank_zero_info(f"fast_dev_run: pruning to {self.schedule.final_sparsity} at the first step.")
+        else:
+            self._resolved = self.schedule.resolve(self.run)
+
+    def target(self, step: int) -> float | None:
+        return self._resolved.target(step) if self._resolved.is_update(step) else None
+
+    def final_step(self) -> int:
+        return self._resolved.last_update

@@ -1,0 +1,372 @@
+"""Masks: which weights are kept. One bool tensor per pruned parameter, True = kept, owned here and nowhere else."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparsetrain.allocation import Allocation, Candidates, Global
+from sparsetrain.criteria import Criterion, Magnitude
+from sparsetrain.patterns import Pattern, Unstructured
+from sparsetrain.schedules import check_sparsity
+from sparsetrain.selection import PlanRow, Selection
+from sparsetrain.stats import Stats
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What is pruned, by which score, divided how among the tensors, and in which shape.
+
+    Args:
+        where: the parameters.
+        criterion: scores their weights.
+        allocation: divides the kept weights among them.
+        pattern: which shapes a mask may have.
+    """
+
+    where: Selection = Selection()
+    criterion: Criterion = Magnitude()
+    allocation: Allocation = Global()
+    pattern: Pattern = Unstructured()
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one update of the masks did.
+
+    Args:
+        step: the optimizer step before which it was made.
+        target: the sparsity asked for.
+        kept: weights kept, by parameter name.
+        dropped: weights newly pruned.
+        grown: pruned weights that came back, as zeros.
+    """
+
+    step: int
+    target: float
+    kept: dict[str, int]
+    dropped: dict[str, int]
+    grown: dict[str, int]
+
+
+class Masks(Mapping[str, Tensor]):
+    """Parameter name -> bool tensor, True = kept; empty until `bind`.
+
+    The mask tensors are changed in place, so compiled graphs that read them stay valid.
+
+    Args:
+        pruning: what is pruned and how.
+    """
+
+    def __init__(self, pruning: Pruning = Pruning()) -> None:
+        self.pruning = pruning
+        self.stats = Stats(self.pruning.criterion.needs - {"grad"})
+        self.plan: tuple[PlanRow, ...] = ()
+        self._masks: dict[str, Tensor] = {}
+        self._kept: dict[str, int] = {}
+        self._owners: dict[str, tuple[nn.Module, str]] = {}
+        self._pending: Mapping[str, Any] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def bind(self, module: nn.Module) -> None:
+        """Choose the parameters of `module` and give each a mask: all True, or as loaded by `load_state_dict` before.
+
+        Weights are left alone; call `apply_` to zero them.
+
+        Raises:
+            ValueError: a glob that matches nothing, nothing to prune, or loaded masks that belong to another model.
+        """
+        self.plan = self.pruning.where.plan(module)
+        names = [row.name for row in self.plan if row.pruned]
+        self._owners = {name: _owner(module, name) for name in names}
+        for name in names:
+            self.pruning.pattern.reachable(self.parameter(name).shape, 0)  # raises where the pattern does not fit
+        self._masks = {name: torch.ones_like(self.parameter(name), dtype=torch.bool) for name in names}
+        self._kept = {name: mask.numel() for name, mask in self._masks.items()}
+        if self._pending is not None:
+            self.load_state_dict(self._pending)
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """The parameter called `name`, looked up in its module: also right after a wrapper has replaced it."""
+        owner, attribute = self._owners[name]
+        parameter: nn.Parameter = getattr(owner, attribute)
+        return parameter
+
+    @property
+    def total(self) -> int:
+        """The number of maskable weights."""
+        return sum(mask.numel() for mask in self._masks.values())
+
+    @property
+    def kept(self) -> dict[str, int]:
+        """Weights kept, by parameter name, counted from the masks."""
+        return dict(self._kept)
+
+    def sparsity(self) -> float:
+        """The share of False over all masks, in [0, 1]."""
+        return 1.0 - sum(self._kept.values()) / self.total
+
+    @torch.no_grad()
+    def update(self, sparsity: float, *, regrow: bool = False, step: int = 0) -> Update:
+        """Make new masks, of exactly the sparsity asked for: n - floor(sparsity * n + 0.5) of n weights are kept.
+
+        A pattern may express only some counts; then each tensor gets the nearest one. Weights are left alone; call
+        `apply_`. An error leaves all masks as they were.
+
+        Args:
+            sparsity: share of zeros over all maskable weights, in [0, 1).
+            regrow: whether pruned weights compete again. If not, the new masks lie within the old ones.
+            step: the optimizer step; names the stream of criteria that draw random numbers.
+
+        Raises:
+            ValueError: no sparsity; below the present one without `regrow`; floors that exceed what is kept.
+            RuntimeError: not bound; a score that is not finite; a gradient that the criterion needs and is missing.
+        """
+        check_sparsity(sparsity, "sparsity")
+        if not self._masks:
+            raise RuntimeError("The masks belong to no module yet. Call masks.bind(module) first.")
+        kept = self.total - math.floor(sparsity * self.total + 0.5)
+        if not regrow and kept > sum(self._kept.values()):
+            raise ValueError(
+                f"Sparsity {sparsity} lies below the present {self.sparsity():.6f}, but pruned weights do not come "
+                "back. Ask for more, or pass regrow=True."
+            )
+        for name in self:
+            _check_finite(self._raw_score(name, step), name, step)
+        scores = {name: partial(self._score, name, step, regrow) for name in self}
+        available = [mask.numel() if regrow else self._kept[name] for name, mask in self.items()]
+        candidates = Candidates([mask.shape for mask in self.values()], available, list(scores.values()))
+        budget = self.pruning.allocation.divide(candidates, kept)
+        pattern = self.pruning.pattern
+        dropped, grown = {}, {}
+        for name, count in zip(self, budget.kept, strict=True):
+            new = pattern.mask(scores[name](), pattern.reachable(self[name].shape, count), budget.cut)
+            old = self.on(name, new)
+            self._kept[name] = _count(new)
+            dropped[name] = _count(old & ~new)
+            grown[name] = _count(new & ~old)
+            old.copy_(new)
+        return Update(step, sparsity, self.kept, dropped, grown)
+
+    @torch.no_grad()
+    def apply_(self) -> None:
+        """Set every pruned weight to 0 (filling, not multiplying: NaN and -0.0 become 0 too)."""
+        for name in self.sparse_names():
+            parameter = self.parameter(name)
+            parameter.masked_fill_(~self.on(name, parameter), 0)
+
+    @torch.no_grad()
+    def multiply_(self, names: list[str]) -> None:
+        """The quick form of `apply_`, for every step: multiply the weights called `names` by their masks."""
+        _multiply_([self.parameter(name) for name in names], [self[name] for name in names])
+
+    @torch.no_grad()
+    def zero_grads_(self, names: list[str] | None = None) -> None:
+        """Set the gradients of pruned weights to 0, by multiplication; of `names`, or of all. None is passed over."""
+        grads = {name: self.parameter(name).grad for name in (self.sparse_names() if names is None else names)}
+        present = {name: grad for name, grad in grads.items() if grad is not None}
+        _multiply_(list(present.values()), [self[name] for name in present])
+
+    def sparse_names(self) -> list[str]:
+        """The parameters of which something is pruned."""
+        return [name for name, mask in self._masks.items() if self._kept[name] < mask.numel()]
+
+    def on(self, name: str, like: Tensor) -> Tensor:
+        """The mask called `name`, moved to the device and strides of `like` for good if it lies elsewhere."""
+        mask = self._masks[name]
+        if mask.device != like.device or mask.stride() != like.stride():
+            mask = torch.empty_like(like, dtype=torch.bool).copy_(mask)
+            self._masks[name] = mask
+        return mask
+
+    @torch.no_grad()
+    def revived(self, name: str) -> Tensor:
+        """Whether a pruned weight of the parameter `name` is not 0, as a bool scalar on its device (no wait for it)."""
+        parameter = self.parameter(name)
+        return ((parameter != 0) & ~self.on(name, parameter)).any()
+
+    def checksum(self) -> int:
+        """63 bits that are equal on two ranks where all masks are."""
+        digest = hashlib.sha256()
+        for name, mask in self.items():
+            digest.update(name.encode())
+            digest.update(pack(mask).numpy().tobytes())
+        return int.from_bytes(digest.digest()[:8], "big") >> 1
+
+    def apply_to(self, state_dict: MutableMapping[str, Tensor], prefix: str = "") -> None:
+        """Zero the pruned weights in a state dict of the module; tensors that change are replaced, not written to.
+
+        Args:
+            state_dict: with the parameters' names, preceded by `prefix`.
+            prefix: such as "model.".
+        """
+        for name in self.sparse_names():
+            if prefix + name not in state_dict:
+                continue  # a module may save a part of itself
+            weight = state_dict[prefix + name]
+            pruned = ~self[name].to(weight.device)
+            if bool((weight[pruned] != 0).any()):
+                state_dict[prefix + name] = weight.masked_fill(pruned, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and primitives only; masks at 1 bit a weight."""
+        return {
+            "masks": {name: pack(mask) for name, mask in self.items()},
+            "shapes": {name: list(mask.shape) for name, mask in self.items()},
+            "stats": self.stats.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned; before `bind` it is kept until then. Weights are left alone.
+
+        Raises:
+            ValueError: masks of other parameters or shapes.
+        """
+        if not self._masks:
+            self._pending = state
+            return
+        self._pending = None
+        shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
+        masks = {name: unpack(bits, shapes[name]) for name, bits in state["masks"].items()}
+        self.replace(masks, "The saved masks")
+        self.stats.load_state_dict(state["stats"])
+
+    def replace(self, masks: Mapping[str, Tensor], source: str) -> None:
+        """Take over `masks`, which must name the same parameters in the same shapes.
+
+        Raises:
+            ValueError: they do not; the message begins with `source`.
+        """
+        missing, unknown = sorted(self.keys() - masks.keys()), sorted(masks.keys() - self.keys())
+        if missing or unknown:
+            raise ValueError(
+                f"{source} belong to another model or selection: none for {missing[:3]}, and {unknown[:3]} are not "
+                "pruned here. Use the model and the `where` with which they were made."
+            )
+        for name, mask in self.items():
+            if masks[name].shape != mask.shape:
+                raise ValueError(
+                    f"{source} belong to another model: {name!r} has shape {tuple(masks[name].shape)} there and "
+                    f"{tuple(mask.shape)} here."
+                )
+        for name, mask in self.items():
+            mask.copy_(masks[name])
+            self._kept[name] = _count(mask)
+
+    def _raw_score(self, name: str, step: int) -> Tensor:
+        parameter = self.parameter(name)
+        evidence = dict(self.stats.get(name, parameter))
+        if "grad" in self.pruning.criterion.needs:
+            if parameter.grad is None:
+                raise RuntimeError(
+                    f"{type(self.pruning.criterion).__name__} needs the gradient of {name!r}, which has none at step "
+                    f"{step}: it is frozen or unused. Add it to `exclude`."
+                )
+            evidence["grad"] = parameter.grad
+        return self.pruning.criterion.score(parameter.detach(), evidence, name=name, step=step)
+
+    def _score(self, name: str, step: int, regrow: bool) -> Tensor:
+        score = self._raw_score(name, step)
+        if not regrow and self._kept[name] < score.numel():
+            score = score.masked_fill(~self.on(name, score), -math.inf)
+        return score
+
+
+def prune(module: nn.Module, sparsity: float, pruning: Pruning = Pruning(), *, stats: Stats | None = None) -> Masks:
+    """Prune `module` once, in place, without a Trainer.
+
+    Args:
+        module: any module; gradients must be there if the criterion needs them.
+        sparsity: share of zeros over the maskable weights, in [0, 1).
+        pruning: what is pruned and how.
+        stats: running statistics, for criteria that need them.
+
+    Returns:
+        The masks, bound to `module`.
+
+    Raises:
+        ValueError, RuntimeError: as `Masks.bind` and `Masks.update`; the weights are then unchanged.
+    """
+    masks = Masks(pruning)
+    if stats is not None:
+        masks.stats = stats
+    masks.bind(module)
+    masks.update(sparsity)
+    masks.apply_()
+    return masks
+
+
+def pack(mask: Tensor) -> Tensor:
+    """A bool mask as bits: uint8 of ceil(n / 8), row-major, first weight in the highest bit; on the CPU."""
+    flat = mask.flatten().cpu()
+    padded = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8)
+    padded[: flat.numel()] = flat
+    return (padded.view(-1, 8) * _BITS).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
+    """The bool mask of `shape` that `pack` packed."""
+    return ((bits.unsqueeze(1) & _BITS) != 0).flatten()[: shape.numel()].view(shape)
+
+
+_BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
+
+
+def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
+    """Write bool masks to a safetensors file, 1 bit a weight; shapes are in its metadata."""
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    save_file({name: pack(mask) for name, mask in masks.items()}, path, {"shapes": json.dumps(shapes)})
+
+
+def load_masks(path: str | Path) -> dict[str, Tensor]:
+    """Read what `save_masks` wrote.
+
+    Raises:
+        ValueError: a file without masks.
+    """
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "shapes" not in metadata:
+            raise ValueError(f"{path} holds no masks. Write them with save_masks.")
+        shapes = json.loads(metadata["shapes"])
+        return {name: unpack(file.get_tensor(name), torch.Size(shape)) for name, shape in shapes.items()}
+
+
+def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, attribute = name.rpartition(".")
+    return module.get_submodule(path), attribute
+
+
+def _multiply_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
+    if tensors:
+        factors = [mask.view(torch.uint8) for mask in masks]  # half the time of bool
+        torch._foreach_mul_(list(tensors), factors)
+
+
+def _count(mask: Tensor) -> int:
+    return int(torch.count_nonzero(mask))
+
+
+def _check_finite(score: Tensor, name: str, step: int) -> None:
+    if not math.isfinite(float(score.sum())) and not bool(score.isfinite().all()):
+        raise RuntimeError(
+            f"The scores of {name!r} at step {step} are not all finite: training has diverged, and masks made from "
+            "them would be arbitrary. Lower the learning rate, clip gradients, or begin pruning later."
+        )

@@ -207,6 +207,11 @@ class SparsityCallback(L.Callback, ABC):
         self.masks.apply_()
         self._detach()
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.masks and self._restored is not None:  # resumed from the end of the run: nothing was left to train
+            self.masks.bind(pl_module)
+            self._restore(self._restored)
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._detach()  # nothing else: another callback may save the run after this
 

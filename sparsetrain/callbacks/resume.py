@@ -7,74 +7,145 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.loop import _Loop
 
 
 class ExactResume(L.Callback):
-    """Saves and restores the random streams of each rank, and the loader's position where Lightning loses it.
+    """Saves and restores what Lightning loses: random streams, the loader's place, accumulated gradients, validations.
 
     With the loaders of `sparsetrain.data`, or any whose state says which batch comes next, a run resumed from any
     checkpoint goes on bit for bit as if it had not been interrupted. With a plain `DataLoader` that holds for
     checkpoints at the end of an epoch. Validation does not advance the random streams, so a run is the same however
-    often it is validated.
+    often it is validated. On several processes, gradients accumulated before a checkpoint are restored as their mean,
+    which is the same sum in another order.
 
     This is the one file that uses private names of Lightning; its test fails if they are renamed.
     """
 
     def __init__(self) -> None:
-        self._restored: list[dict[str, Any]] | None = None
+        self._restored: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._restored = None
 
     def state_dict(self) -> dict[str, Any]:
-        mine = _random_state()
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return {"random": [mine]}
-        ranks: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(ranks, mine)  # Lightning asks every rank and keeps rank 0's answer
-        return {"random": ranks}
+        return {"random": _of_all_ranks(_random_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict["random"]
+        self._restored = state_dict
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if state is None:
+            return  # only weights are saved
+        state["metrics"] = dict(trainer.callback_metrics)
+        if trainer.fit_loop._should_accumulate():
+            gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+            state["gradients"] = {
+                name: trainer.strategy.reduce(gradient.detach(), reduce_op="mean")
+                for name, gradient in gradients.items()
+            }
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._restored is None:
             return
-        if len(self._restored) != trainer.world_size:
+        ranks = self._restored["random"]
+        if len(ranks) != trainer.world_size:
             raise ValueError(
-                f"The checkpoint is of a run on {len(self._restored)} processes and cannot be resumed exactly on "
+                f"The checkpoint is of a run on {len(ranks)} processes and cannot be resumed exactly on "
                 f"{trainer.world_size}. Use as many devices as before."
             )
-        random_state = self._restored[trainer.global_rank]
-        loop = trainer.fit_loop
-        loader, fetcher = loop._combined_loader, loop._data_fetcher
-        assert loader is not None
-        assert fetcher is not None
-        # Lightning passes the loader's state on only within an epoch, and only when it sets the loader up after loading
-        # the checkpoint (it does so earlier when configure_optimizers asks for estimated_stepping_batches).
-        loader._load_state_dicts(loop._combined_loader_states_to_load)
-        loop._combined_loader_states_to_load = []
-        for part in loader.flattened:
-            _set_sampler_epoch(part, trainer.current_epoch)
-        # A new iterator of a DataLoader draws a seed: it did so before a checkpoint within an epoch, and does so after
-        # one at its end.
-        progress = loop.epoch_loop.batch_progress
-        within_epoch = 0 < progress.current.ready < trainer.num_training_batches
-        if within_epoch:
-            iter(fetcher)
-        _set_random_state(random_state)
-        if not within_epoch:
-            iter(fetcher)
+        for name, gradient in self._restored.get("gradients", {}).items():
+            parameter = pl_module.get_parameter(name)
+            parameter.grad = gradient.to(parameter.device)
+        trainer._logger_connector._callback_metrics.update(self._restored["metrics"])
+        _mend_progress(trainer)
+        _restore_loader(trainer, ranks[trainer.global_rank])
+        self._restored = None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._before_validation = _random_state()  # the iterator of the validation loader draws before any other hook
 
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.fit_loop.epoch_loop._restarting = False  # it is still set where only the end of an epoch was left to do
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._before_validation is not None and not trainer.sanity_checking:
             _set_random_state(self._before_validation)
+
+
+def _mend_progress(trainer: L.Trainer) -> None:
+    """Do what was still to be done at the moment of saving, and is passed over by Lightning's own restart."""
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    fetcher = fit._data_fetcher
+    assert fetcher is not None
+    if fit.restarted_on_epoch_end:
+        # A step-based run would take the finished epoch up again, run no batch of it and count it twice.
+        fit.epoch_progress.increment_completed()
+        fit.reset_restart_stage()
+        _Loop.restarting.fset(fit, False)  # type: ignore[attr-defined]
+        epoch.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+    elif fit.resumed_on_epoch_end:
+        epoch.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+    elif epoch.restarted_on_train_batch_end:
+        _return_to_batch_end(trainer, fetcher)
+    fit._restarting = False  # or the end of the epoch leaves out schedulers that read the validation's metric
+
+
+def _return_to_batch_end(trainer: L.Trainer, fetcher: _DataFetcher) -> None:
+    """Let the validation and the end of the epoch follow, if they were about to when the checkpoint was saved."""
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    progress = epoch.batch_progress
+    if progress.is_last_batch and fit.restarted_mid_epoch:
+        # FitLoop.reset has counted the epoch as done.
+        for counter in (fit.epoch_progress.current, fit.epoch_progress.total):
+            counter.processed -= 1  # type: ignore[attr-defined]
+            counter.completed = counter.processed  # type: ignore[attr-defined]
+    validation_is_due = epoch._should_check_val_fx(fetcher) and not epoch.val_loop.skip
+    if not validation_is_due and not progress.is_last_batch:
+        return
+    progress.increment_completed()
+    if validation_is_due:
+        # As if the validation had been interrupted at its first batch.
+        epoch._restart_stage = training_epoch_loop.RestartStage.RESTARTED_ON_LAST
+        epoch.val_loop._restart_stage = evaluation_loop.RestartStage.RESTARTED_MID_EVALUATION
+        epoch.val_loop._restarting = False
+    else:
+        epoch.reset_restart_stage()
+        epoch.val_loop._has_run = True
+
+
+def _restore_loader(trainer: L.Trainer, random_state: dict[str, Any]) -> None:
+    fit = trainer.fit_loop
+    loader, fetcher = fit._combined_loader, fit._data_fetcher
+    assert loader is not None
+    assert fetcher is not None
+    # Lightning passes the loader's state on only within an epoch, and only when it sets the loader up after loading the
+    # checkpoint (it does so earlier when configure_optimizers asks for estimated_stepping_batches).
+    loader._load_state_dicts(fit._combined_loader_states_to_load)
+    fit._combined_loader_states_to_load = []
+    for part in loader.flattened:
+        _set_sampler_epoch(part, trainer.current_epoch)
+    # A new iterator of a DataLoader draws a seed: before the saved moment if that lies within an epoch, else after it.
+    within_epoch = 0 < fit.epoch_loop.batch_progress.current.ready < trainer.num_training_batches
+    if within_epoch:
+        iter(fetcher)
+    _set_random_state(random_state)
+    if not within_epoch:
+        iter(fetcher)
+
+
+def _of_all_ranks(mine: dict[str, Any]) -> list[dict[str, Any]]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    ranks: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(ranks, mine)  # Lightning asks every rank and keeps rank 0's answer
+    return ranks
 
 
 def _random_state() -> dict[str, Any]:

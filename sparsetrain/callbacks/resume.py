@@ -106,6 +106,10 @@ def _return_to_batch_end(trainer: L.Trainer, fetcher: _DataFetcher) -> None:
         for counter in (fit.epoch_progress.current, fit.epoch_progress.total):
             counter.processed -= 1  # type: ignore[attr-defined]
             counter.completed = counter.processed  # type: ignore[attr-defined]
+    if epoch._should_check_val_epoch():
+        trainer.validating = True
+        epoch.val_loop.setup_data()  # not done yet where the next epoch is not to be validated
+        trainer.training = True
     validation_is_due = epoch._should_check_val_fx(fetcher) and not epoch.val_loop.skip
     if not validation_is_due and not progress.is_last_batch:
         return

@@ -56,6 +56,7 @@ class SparsityCallback(L.Callback, ABC):
     _restored: Mapping[str, Any] | None
     _final_step: int | None
     _updated_at: int
+    _logged: dict[str, float]
 
     def __init__(self, pruning: Pruning = Pruning(), *, check: str = "cheap") -> None:
         if check not in ("off", "cheap", "full"):
@@ -185,9 +186,17 @@ class SparsityCallback(L.Callback, ABC):
     ) -> None:
         if self.at_target:
             self._release_checkpoints()
-        pl_module.log("sparsity/actual", self.masks.sparsity(), prog_bar=True)
-        pl_module.log("sparsity/target", self.history[-1].target if self.history else 0.0)
-        pl_module.log("sparsity/at_target", float(self.at_target))
+        facts = {
+            "sparsity/target": self.history[-1].target if self.history else self.masks.sparsity(),
+            "sparsity/at_target": float(self.at_target),
+        }
+        actual = {"sparsity/actual": self.masks.sparsity()}
+        # Lightning repeats what was logged till the epoch ends; a call of `log` costs more than masking a small model.
+        logged = {"epoch": trainer.current_epoch, **facts, **actual}
+        if logged != self._logged:
+            self._logged = logged
+            pl_module.log_dict(actual, prog_bar=True)
+            pl_module.log_dict(facts)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # "current_model_state": where Lightning's weight averaging puts the live weights.
@@ -234,6 +243,7 @@ class SparsityCallback(L.Callback, ABC):
         self._held_back: dict[ModelCheckpoint, int] = {}
         self._verdicts: list[tuple[int, str, Tensor]] = []
         self._checked = 0
+        self._logged = {}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.masks.load_state_dict(state)

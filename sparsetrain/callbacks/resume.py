@@ -69,7 +69,10 @@ class ExactResume(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._before_validation = _random_state()  # the iterator of the validation loader draws before any other hook
+        fit = trainer.fit_loop
+        assert fit._data_fetcher is not None
+        if fit.epoch_loop._should_check_val_fx(fit._data_fetcher):
+            self._before_validation = _random_state()  # the iterator of the validation loader draws before its hooks
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.fit_loop.epoch_loop._restarting = False  # it is still set where only the end of an epoch was left to do

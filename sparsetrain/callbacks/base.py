@@ -11,17 +11,13 @@ from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationSchedule
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.callbacks.probe import Probe, is_elementwise, probe_optimizer
+from sparsetrain.callbacks.follower import OptimizerFollower
 from sparsetrain.masks import Masks, Pruning, Update
 from sparsetrain.report import plan_table
 from sparsetrain.selection import PlanRow
 from sparsetrain.steps import RunLength, parse_steps
-
-_READ_EVERY = 50  # steps after which the verdicts of the cheap check are fetched from an accelerator
 
 
 class SparsityCallback(L.Callback, ABC):
@@ -56,6 +52,7 @@ class SparsityCallback(L.Callback, ABC):
     _restored: Mapping[str, Any] | None
     _final_step: int | None
     _updated_at: int
+    _follower: OptimizerFollower | None
     _logged: dict[str, float]
 
     def __init__(self, pruning: Pruning = Pruning(), *, check: str = "cheap") -> None:
@@ -117,7 +114,8 @@ class SparsityCallback(L.Callback, ABC):
         # After every callback that writes weights (averaging), before the first that saves them.
         others = [callback for callback in _callbacks(trainer) if callback is not self]
         position = next((i for i, callback in enumerate(others) if isinstance(callback, Checkpoint)), len(others))
-        setattr(trainer, "callbacks", [*others[:position], self, *others[position:]])  # noqa: B010  Lightning iterates the old list
+        # A new list: Lightning is iterating over the old one.
+        trainer.callbacks = [*others[:position], self, *others[position:]]  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning calls this also when the checkpoint holds nothing of this callback.
@@ -142,7 +140,14 @@ class SparsityCallback(L.Callback, ABC):
             self.initialize()
         else:
             self._restore(self._restored)
-        self._attach(trainer, pl_module)
+        self._follower = OptimizerFollower(
+            self.masks, trainer.optimizers, check=self.check, first_step=self.step, on_step=self._count_step
+        )
+        if len(trainer.optimizers) > 1 or not pl_module.automatic_optimization:
+            counted = self._follower.counted
+            rank_zero_info(
+                f"Steps are those of optimizer {trainer.optimizers.index(counted)} ({type(counted).__name__})."
+            )
         self.masks.apply_()
         self._final_step = self.final_step()
         for callback in _callbacks(trainer):
@@ -168,18 +173,19 @@ class SparsityCallback(L.Callback, ABC):
         self.masks.apply_()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        names = self._owned(optimizer)
-        if optimizer is self._counted and self._updated_at != self.step:  # a closure may be evaluated many times
+        assert self._follower is not None
+        if (
+            optimizer is self._follower.counted and self._updated_at != self.step
+        ):  # a closure may be evaluated many times
             target = self.target(self.step)
             if target is not None and self._gradients_are_finite(trainer):
                 self._update(trainer, target)
                 self._updated_at = self.step
-        for name in names if self.masks.stats.names else []:
+        for name in self._follower.held(optimizer) if self.masks.stats.names else []:
             parameter = self.masks.parameter(name)
             if parameter.grad is not None:
                 self.masks.stats.observe_step(name, parameter, parameter.grad)
-        sparse = set(self.masks.sparse_names())
-        self.masks.zero_grads_([name for name in names if name in sparse])
+        self.masks.zero_grads_(self._follower.pruned(optimizer))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -212,7 +218,8 @@ class SparsityCallback(L.Callback, ABC):
         }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._read_verdicts()
+        if self._follower is not None:
+            self._follower.read_verdicts()
         self.masks.apply_()
         self._detach()
 
@@ -234,15 +241,10 @@ class SparsityCallback(L.Callback, ABC):
         self.step = 0
         self.run = RunLength(None, None)
         self._restored = None
-        self._counted: Optimizer | None = None
+        self._follower = None
         self._updated_at = -1
         self._final_step = None
-        self._names: dict[Optimizer, list[str]] = {}
-        self._probes: dict[str, Probe] = {}
-        self._handles: list[RemovableHandle] = []
         self._held_back: dict[ModelCheckpoint, int] = {}
-        self._verdicts: list[tuple[int, str, Tensor]] = []
-        self._checked = 0
         self._logged = {}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -260,37 +262,9 @@ class SparsityCallback(L.Callback, ABC):
                         "Give them selections without a common parameter."
                     )
 
-    def _attach(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Find the optimizers of the pruned weights, what they do to zeros, and follow their steps."""
-        for optimizer in trainer.optimizers:
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            names = [name for name in self.masks if id(self.masks.parameter(name)) in held]
-            if names:
-                self._names[optimizer] = names
-        if not self._names:
-            raise ValueError("No optimizer holds any of the pruned weights. Return one from configure_optimizers.")
-        self._counted = next(iter(self._names))
-        if len(trainer.optimizers) > 1 or not pl_module.automatic_optimization:
-            index = trainer.optimizers.index(self._counted)
-            rank_zero_info(f"Steps are those of optimizer {index} ({type(self._counted).__name__}).")
-        for optimizer, names in self._names.items():
-            found: dict[tuple[int, int], Probe] = {}
-            groups = {id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-            for name in names:
-                parameter = self.masks.parameter(name)
-                kind = (groups[id(parameter)], parameter.dim())
-                if kind not in found:
-                    found[kind] = probe_optimizer(optimizer, parameter)
-                self._probes[name] = found[kind]
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
-
-    def _owned(self, optimizer: Optimizer) -> list[str]:
-        return self._names.get(optimizer, [])
-
     def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        if self._follower is not None:
+            self._follower.detach()
         self._release_checkpoints()
 
     def _release_checkpoints(self) -> None:
@@ -299,9 +273,11 @@ class SparsityCallback(L.Callback, ABC):
         self._held_back.clear()
 
     def _update(self, trainer: L.Trainer, target: float) -> None:
-        self._refresh_state()
+        assert self._follower is not None
+        if self.regrow:
+            self._follower.refresh_state()  # for what comes back
         self.history.append(self.masks.update(target, regrow=self.regrow, step=self.step))
-        self._refresh_state()
+        self._follower.refresh_state()
         self.masks.apply_()
         if trainer.world_size > 1:
             mine = torch.tensor(self.masks.checksum(), device=trainer.strategy.root_device)
@@ -312,18 +288,8 @@ class SparsityCallback(L.Callback, ABC):
                     "gradients differ. Do not change weights on one rank alone."
                 )
 
-    @torch.no_grad()
-    def _refresh_state(self) -> None:
-        """Give optimizer state at pruned places what a fresh optimizer has there, so that nothing moves them later."""
-        sparse = set(self.masks.sparse_names())
-        for optimizer, names in self._names.items():
-            for name in names:
-                parameter = self.masks.parameter(name)
-                if name in sparse and parameter in optimizer.state:
-                    pruned = ~self.masks.on(name, parameter)
-                    for key, value in optimizer.state[parameter].items():
-                        if is_elementwise(value, parameter):
-                            value.masked_fill_(pruned, self._probes[name].fresh.get(key, 0.0))
+    def _count_step(self) -> None:
+        self.step += 1
 
     def _gradients_are_finite(self, trainer: L.Trainer) -> bool:
         """False where a gradient scaler is about to skip this step: the update is then made at its repetition."""
@@ -338,29 +304,6 @@ class SparsityCallback(L.Callback, ABC):
             f"The gradient of {broken[0]!r} is not finite at step {self.step}, where the masks are to be updated: the "
             "step would destroy the weights. Lower the learning rate, clip gradients, or mend the data."
         )
-
-    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        sparse = set(self.masks.sparse_names())
-        names = [name for name in self._owned(optimizer) if name in sparse]
-        self.masks.multiply_([name for name in names if not self._probes[name].preserves_zero])
-        if names and self.check != "off":
-            self._checked += 1
-            for name in names if self.check == "full" else [names[self._checked % len(names)]]:
-                self._verdicts.append((self.step, name, self.masks.revived(name)))
-            if self.masks.parameter(names[0]).device.type == "cpu" or len(self._verdicts) >= _READ_EVERY:
-                self._read_verdicts()
-        if optimizer is self._counted:
-            self.step += 1
-
-    def _read_verdicts(self) -> None:
-        verdicts, self._verdicts = self._verdicts, []
-        for step, name, revived in verdicts:
-            if bool(revived):
-                raise RuntimeError(
-                    f"A pruned weight of {name!r} was not zero after step {step}. Something wrote to it after its "
-                    "gradient was masked: another callback, a hook of the optimizer, or a gradient that is not finite. "
-                    "Let that skip pruned weights, or list its callback before this one."
-                )
 
 
 def _run_length(trainer: L.Trainer) -> RunLength:

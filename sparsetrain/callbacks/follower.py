@@ -1,0 +1,121 @@
+"""Keeping pruned weights at zero through the steps of whatever optimizers hold them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from sparsetrain.callbacks.probe import Probe, is_elementwise, probe_optimizer
+from sparsetrain.masks import Masks
+
+_READ_EVERY = 50  # verdicts of the check that are collected before an accelerator is asked for them
+
+
+class OptimizerFollower:
+    """Follows the steps of the optimizers that hold pruned weights, until `detach`.
+
+    After each step, weights are masked where the optimizer moves zeros, and looked at as `check` says. Steps that a
+    gradient scaler skips are not seen, as no optimizer makes them.
+
+    Args:
+        masks: bound to the module that is trained.
+        optimizers: of the Trainer, in its order.
+        check: "off", "cheap" (one tensor a step, in turn) or "full".
+        first_step: the number of the step to come.
+        on_step: called after each step of `counted`.
+
+    Attributes:
+        counted: the first optimizer that holds a pruned weight; its steps are the run's.
+
+    Raises:
+        ValueError: no optimizer holds a pruned weight.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        optimizers: Sequence[Optimizer],
+        *,
+        check: str,
+        first_step: int,
+        on_step: Callable[[], None],
+    ) -> None:
+        self._masks, self._check, self._steps, self._on_step = masks, check, first_step, on_step
+        self._names: dict[Optimizer, list[str]] = {}
+        self._probes: dict[str, Probe] = {}
+        self._verdicts: list[tuple[int, str, Tensor]] = []
+        self._handles: list[RemovableHandle] = []
+        for optimizer in optimizers:
+            self._follow(optimizer)
+        if not self._names:
+            raise ValueError("No optimizer holds any of the pruned weights. Return one from configure_optimizers.")
+        self.counted = next(iter(self._names))
+
+    def held(self, optimizer: Optimizer) -> list[str]:
+        """The maskable parameters that `optimizer` holds."""
+        return self._names.get(optimizer, [])
+
+    def pruned(self, optimizer: Optimizer) -> list[str]:
+        """Those of them of which something is pruned."""
+        sparse = set(self._masks.sparse_names())
+        return [name for name in self.held(optimizer) if name in sparse]
+
+    @torch.no_grad()
+    def refresh_state(self) -> None:
+        """Give optimizer state at pruned places what a fresh optimizer has there, so that nothing moves them later."""
+        for optimizer in self._names:
+            for name in self.pruned(optimizer):
+                parameter = self._masks.parameter(name)
+                pruned = ~self._masks.on(name, parameter)
+                for key, value in optimizer.state.get(parameter, {}).items():
+                    if is_elementwise(value, parameter):
+                        value.masked_fill_(pruned, self._probes[name].fresh.get(key, 0.0))
+
+    def read_verdicts(self) -> None:
+        """Raise if the check has found a revived weight.
+
+        Raises:
+            RuntimeError: it has; with the tensor, the step and likely causes.
+        """
+        verdicts, self._verdicts = self._verdicts, []
+        for step, name, revived in verdicts:
+            if bool(revived):
+                raise RuntimeError(
+                    f"A pruned weight of {name!r} was not zero after step {step}. Something wrote to it after its "
+                    "gradient was masked: another callback, a hook of the optimizer, or a gradient that is not finite. "
+                    "Let that skip pruned weights, or list its callback before this one."
+                )
+
+    def detach(self) -> None:
+        """Leave the optimizers as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _follow(self, optimizer: Optimizer) -> None:
+        groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        probes: dict[tuple[int, int], Probe] = {}
+        for name in self._masks:
+            parameter = self._masks.parameter(name)
+            if id(parameter) in groups:
+                kind = (groups[id(parameter)], parameter.dim())
+                if kind not in probes:
+                    probes[kind] = probe_optimizer(optimizer, parameter)
+                self._probes[name] = probes[kind]
+                self._names.setdefault(optimizer, []).append(name)
+        if optimizer in self._names:
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        names = self.pruned(optimizer)
+        self._masks.multiply_([name for name in names if not self._probes[name].preserves_zero])
+        if names and self._check != "off":
+            for name in names if self._check == "full" else [names[self._steps % len(names)]]:
+                self._verdicts.append((self._steps, name, self._masks.revived(name)))
+            if self._masks.parameter(names[0]).device.type == "cpu" or len(self._verdicts) >= _READ_EVERY:
+                self.read_verdicts()
+        if optimizer is self.counted:
+            self._steps += 1
+            self._on_step()

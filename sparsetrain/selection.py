@@ -52,10 +52,10 @@ class Selection:
         kinds = {name: (tuple(parameter.shape), kind) for name, parameter, kind in _kinds(module)}
         self._check_globs(list(kinds))
         rows = {name: PlanRow(name, shape, *self._verdict(name, kind)) for name, (shape, kind) in kinds.items()}
-        pruned = [name for name, row in rows.items() if row.pruned]
-        for marker, chosen in ((_FIRST, pruned[:1]), (_LAST, pruned[-1:])):
+        maskable = [name for name, (_, kind) in kinds.items() if self._is_maskable(name, kind)]
+        for marker, ends in ((_FIRST, maskable[:1]), (_LAST, maskable[-1:])):
             if marker in self.exclude:
-                for name in chosen:
+                for name in ends:
                     rows[name] = PlanRow(name, rows[name].shape, False, f"excluded: {marker.strip('<>')} layer")
         if not any(row.pruned for row in rows.values()):
             reasons = sorted({row.reason for row in rows.values()}) or ["it has no parameters"]
@@ -72,12 +72,15 @@ class Selection:
                 return False, f"excluded by {glob!r}"
         if not any(fnmatchcase(name, glob) for glob in self.include):
             return False, "not included"
-        if kind == "weight" or (name in self.include and kind in _ON_REQUEST):
+        if self._is_maskable(name, kind):
             return True, "pruned"
         return False, f"{kind}: name it in `include`" if kind in _ON_REQUEST else kind
 
+    def _is_maskable(self, name: str, kind: str) -> bool:
+        return kind == "weight" or (name in self.include and kind in _ON_REQUEST)
+
     def _check_globs(self, names: list[str]) -> None:
-        for glob in (*self.include, *self.exclude):
+        for glob in (*self.include, *self.exclude) if names else ():
             if glob in (_FIRST, _LAST) or any(fnmatchcase(name, glob) for name in names):
                 continue
             near = difflib.get_close_matches(glob, names, n=3, cutoff=0.4) or names[:3]

@@ -81,7 +81,7 @@ def _kth_largest(scores: Sequence[Scores], sizes: Sequence[int], kept: int) -> t
     while True:
         high = _at(sample, position - margin - 1, before=math.inf)
         low = _at(sample, position + margin, after=-math.inf)
-        above, inside = _count_and_gather(scores, low, high)
+        above, inside = _count_and_gather(scores, low, high, sample.dtype)
         rank = kept - sum(above)
         if 0 < rank <= sum(len(part) for part in inside):
             break
@@ -111,12 +111,15 @@ def _at(sample: Tensor, position: float, *, before: float = math.nan, after: flo
     return after if index >= len(sample) else float(sample[index])
 
 
-def _count_and_gather(scores: Sequence[Scores], low: float, high: float) -> tuple[list[int], list[Tensor]]:
-    """Per tensor, the number of scores above `high`, and the scores in [low, high]."""
+def _count_and_gather(
+    scores: Sequence[Scores], low: float, high: float, dtype: torch.dtype
+) -> tuple[list[int], list[Tensor]]:
+    """Per tensor, the number of scores above `high`, and the scores in [low, high], compared as `dtype`."""
     above, inside = [], []
     for make in scores:
         counts, parts = [], []
-        for chunk in torch.split(_flat(make()), _CHUNK):
+        for part in torch.split(_flat(make()), _CHUNK):
+            chunk = part.to(dtype)  # a float64 bound beside float32 scores would be rounded
             is_above = chunk > high
             counts.append(torch.count_nonzero(is_above))
             parts.append(chunk[(chunk >= low) ^ is_above])

@@ -1,0 +1,166 @@
+"""What a run leaves in its folder."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
+from torch import nn
+
+from sparsetrain import __version__
+from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.masks import Masks, Update, save_masks
+from sparsetrain.report import draw_sparsity, measure, report_table, write_sparsity_csv
+
+SUMMARY, CONFIG, MODEL = "summary.json", "config.yaml", "model.safetensors"
+SPARSITY, MASKS, PICTURE = "sparsity.csv", "masks.safetensors", "sparsity.png"
+
+
+class Artifacts(L.Callback):
+    """Writes what the training leaves, in the process that trained: with `ddp_spawn` the first one knows weights only.
+
+    sparsity.csv is written at each end of validation too. summary.json is completed by `add_to_summary` after the test.
+
+    Args:
+        folder: the run's.
+        method: how the network becomes sparse; None for a dense run.
+        input_shape: of one example, to count FLOPs with.
+        facts: how it is run, for the summary: name, command, seed, ...
+    """
+
+    def __init__(
+        self, folder: Path, method: SparsityCallback | None, input_shape: tuple[int, ...], facts: Mapping[str, Any]
+    ) -> None:
+        self.folder, self.method, self.input_shape, self.facts = folder, method, input_shape, dict(facts)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the updates so far."""
+        if self.method is not None and not trainer.sanity_checking:
+            write_sparsity_csv(self.folder / SPARSITY, self.method.plan, self.method.history)
+
+    @rank_zero_only
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write all of it, after every callback's end of the fit; not after an exception."""
+        if stage != "fit":
+            return
+        report = measure(pl_module, self.method.masks if self.method else {}, torch.zeros(1, *self.input_shape))
+        write_model(self.folder, pl_module)
+        if self.method is not None:
+            write_sparsity(self.folder, self.method, trainer.global_step)
+            print(report_table(report))
+        summary = {
+            **self.facts,
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "val": of_stage(trainer.callback_metrics, "val"),
+            **report.to_dict(),
+            "device": _device(trainer),
+            "versions": _versions(),
+            "git": git_state(),
+        }
+        _write_json(self.folder / SUMMARY, summary)
+
+
+def add_to_summary(folder: Path, **entries: Any) -> None:
+    """Add entries to summary.json, or replace them."""
+    path = folder / SUMMARY
+    _write_json(path, {**json.loads(path.read_text()), **entries})
+
+
+def of_stage(metrics: Mapping[str, Any], stage: str) -> dict[str, float]:
+    """The metrics logged as "<stage>/<name>", by name.
+
+    >>> of_stage({"val/accuracy": 0.5, "test/accuracy": 0.25}, "val")
+    {'accuracy': 0.5}
+    """
+    prefix = f"{stage}/"
+    return {name.removeprefix(prefix): float(value) for name, value in metrics.items() if name.startswith(prefix)}
+
+
+def write_model(folder: Path, module: nn.Module) -> None:
+    """model.safetensors: the weights and buffers of the network, under the names that it has by itself.
+
+    The network is `module.network` where there is one, as in `Classifier`, and else the module. So the file loads
+    strictly into the plain dense model, `resnet20().load_state_dict(load_file(path))`; a checkpoint and
+    masks.safetensors have the names of the LightningModule, with "network." before them. A tensor that has two names
+    (tied weights) is written under both.
+    """
+    state = network_of(module).state_dict()
+    save_file({name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}, folder / MODEL)
+
+
+def network_of(module: nn.Module) -> nn.Module:
+    """`module.network`, or the module itself if it has none."""
+    network = getattr(module, "network", None)
+    return network if isinstance(network, nn.Module) else module
+
+
+def write_sparsity(folder: Path, method: SparsityCallback, steps: int) -> None:
+    """masks.safetensors, sparsity.csv and sparsity.png of a run of so many optimizer steps."""
+    save_masks(method.masks, folder / MASKS)
+    history = method.history or [_given(method.masks)]
+    write_sparsity_csv(folder / SPARSITY, method.plan, history)
+    target = [(update.step, update.target) for update in history]
+    draw_sparsity(folder / PICTURE, plan=method.plan, history=history, target=[*target, (steps, target[-1][1])])
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the repository around the current folder, and whether files differ from it; None outside of one.
+
+    The commit is None in a repository that has none yet.
+    """
+    status = _git("status", "--porcelain")
+    if status is None:
+        return None
+    commit = _git("rev-parse", "HEAD")
+    return {"commit": commit.strip() if commit else None, "dirty": bool(status.strip())}
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "sparsetrain": __version__,
+        "torch": torch.__version__,
+        "lightning": L.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _device(trainer: L.Trainer) -> dict[str, Any]:
+    """The kind of device and its name, how many processes, and CPU threads of each."""
+    device = trainer.strategy.root_device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "type": device.type,
+        "name": name,
+        "processes": trainer.world_size,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace the file as a whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _given(masks: Masks) -> Update:
+    """Masks that no update of the run made, as one made before its first step."""
+    kept = masks.kept
+    dropped = {name: mask.numel() - kept[name] for name, mask in masks.items()}
+    return Update(0, masks.sparsity(), kept, dropped, dict.fromkeys(kept, 0))

@@ -1,0 +1,244 @@
+"""Train one network as its configuration says; conf/config.yaml says what can be set."""
+
+import os
+import shlex
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sparsetrain.callbacks import ExactResume, SparsityCallback
+from sparsetrain.cli import artifacts, metrics, schema
+from sparsetrain.cli.checkpoints import AtomicCheckpointIO
+from sparsetrain.cli.instantiate import instantiate
+
+schema.register()
+
+
+def main() -> None:
+    """The program: compose the configuration from the command line, and train, once for each job of a sweep."""
+    # Processes that a distributed run starts inherit the stamp, and with it the run's folder.
+    os.environ.setdefault("SPARSETRAIN_STAMP", datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f"))
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        _main()
+        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback, and not always the error that matters
+    try:
+        _main()
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:  # what is wrong with the input
+        sys.exit(_message(error))
+
+
+@hydra.main(version_base="1.3", config_path="pkg://sparsetrain.conf", config_name="config")
+def _main(cfg: DictConfig) -> float:
+    return train(cfg)
+
+
+def compose(*overrides: str, output_dir: str | Path) -> DictConfig:
+    """The configuration of one run, for `train`, without a command line.
+
+    Args:
+        overrides: as on the command line, such as "+experiment=digits_gmp" and "seed=2".
+        output_dir: the run's folder.
+    """
+    with hydra.initialize_config_module("sparsetrain.conf", version_base="1.3"):
+        cfg = hydra.compose("config", list(overrides))
+    cfg.output_dir = str(output_dir)
+    return cfg
+
+
+def train(cfg: DictConfig) -> float:
+    """Train, test after the last step, and leave the results in the run's folder.
+
+    Args:
+        cfg: as conf/config.yaml describes it; its node `data` is filled in.
+
+    Returns:
+        The value of `optimized_metric`, for a sweeper to maximise; NaN if that is null.
+
+    Raises:
+        ValueError, OSError: settings that do not fit, a folder that cannot be written, a file that is not there; before
+            training wherever it can be known then.
+    """
+    with warnings.catch_warnings():
+        # ModelCheckpoint's records begin anew in the folder of a resumed run; in the same folder its file is replaced.
+        warnings.filterwarnings("ignore", "The dirpath has changed", UserWarning)
+        warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty", UserWarning)
+        # With dataset.val_size=0, which is meant.
+        warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero", UserWarning)
+        # Lightning 2.6 calls a deprecated name of torch's once for each loader.
+        warnings.filterwarnings("ignore", ".isinstance.treespec, LeafSpec", FutureWarning)
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> float:
+    started = time.perf_counter()
+    _check_sweep(cfg)
+    folder = _writable(Path(cfg.output_dir))
+    earlier = None if cfg.ckpt_path is None else _read_checkpoint(Path(cfg.ckpt_path))
+
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    datamodule = instantiate(cfg.dataset)
+    _fill_in(cfg.data, datamodule)
+    _check_metric(cfg)
+    module = instantiate(cfg.module)
+    method: SparsityCallback | None = instantiate(cfg.method)
+    loggers: list[Logger] = list((instantiate(cfg.logger) or {}).values())
+    try:
+        trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
+            callbacks=_callbacks(cfg, folder, method),
+            logger=loggers,
+            plugins=[AtomicCheckpointIO()],
+            default_root_dir=folder,
+        )
+        if trainer.is_global_zero:
+            _begin_logs(cfg, folder, loggers, earlier)
+        results = _fit(trainer, module, datamodule, cfg.ckpt_path, earlier)
+        results |= trainer.test(module, datamodule=datamodule, verbose=False)[0]
+        if trainer.is_global_zero:
+            seconds = time.perf_counter() - started
+            artifacts.add_to_summary(
+                folder,
+                split_hash=getattr(datamodule, "split_hash", None),
+                val=artifacts.of_stage(results, "val"),
+                test=artifacts.of_stage(results, "test"),
+                wall_time_s=round(seconds, 3),
+            )
+            shown = [f"{name} {value:.4f}" for name, value in results.items() if name.startswith(("val/", "test/"))]
+            print(f"{'  '.join(shown)}  ({seconds:.1f} s)\n{folder}")
+    finally:
+        _close(loggers)
+    return _optimized(cfg.optimized_metric, results)
+
+
+def _message(error: Exception) -> str:
+    text, cause = str(error).strip(), error.__cause__
+    while cause is not None:
+        if str(cause) not in text:
+            text += f"\n{cause}"
+        cause = cause.__cause__
+    if isinstance(error, OSError) and error.filename is not None:
+        text += "\nFolders are chosen by hydra.run.dir=..., hydra.sweep.dir=... (for a sweep) and dataset.root=..."
+    return f"\nerror: {text}\n(HYDRA_FULL_ERROR=1 shows where it was raised.)"
+
+
+def _fit(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule,
+    ckpt_path: str | None,
+    earlier: Mapping[str, Any] | None,
+) -> dict[str, float]:
+    """Train, and return the last value of every logged metric."""
+    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+    if earlier is None or trainer.global_step != earlier["global_step"]:
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    # The run was killed after its last step: Lightning has restored it and found nothing left to train.
+    rank_zero_info(f"{ckpt_path} holds all {trainer.global_step} steps of the run; only its results are made again.")
+    return dict(next(iter(trainer.validate(module, datamodule=datamodule, verbose=False)), {}))
+
+
+def _callbacks(cfg: DictConfig, folder: Path, method: SparsityCallback | None) -> list[L.Callback]:
+    facts = {
+        "name": cfg.name,
+        "command": shlex.join(sys.argv),
+        "overrides": list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else None,
+        "resumed_from": cfg.ckpt_path,
+        "seed": cfg.seed,
+    }
+    own = [artifacts.Artifacts(folder, method, tuple(cfg.data.input_shape), facts), ExactResume()]
+    others = [callback for callback in (instantiate(cfg.callbacks) or {}).values() if callback is not None]
+    return [*([] if method is None else [method]), *own, *others]
+
+
+def _begin_logs(cfg: DictConfig, folder: Path, loggers: list[Logger], earlier: Mapping[str, Any] | None) -> None:
+    """Write the resolved configuration to the folder and the loggers; go on with the metrics of a resumed run."""
+    (folder / artifacts.CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    for logger in loggers:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]  # cfg is a dict
+        if earlier is not None and isinstance(logger, metrics.MetricsCSV):
+            logger.take_over(Path(cfg.ckpt_path).parent.parent / metrics.FILE, earlier["global_step"])
+
+
+def _close(loggers: list[Logger]) -> None:
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        import wandb
+
+        wandb.finish()  # else the next job of a sweep would go on in this one's run
+
+
+def _check_sweep(cfg: DictConfig) -> None:
+    if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return
+    strategy, sweeper = str(cfg.trainer.get("strategy")), HydraConfig.get().sweeper._target_
+    forks = any(part in strategy for part in ("spawn", "fork", "notebook"))
+    if strategy.startswith("ddp") and not forks and not sweeper.endswith(".BasicSweeper"):
+        raise ValueError(
+            f"trainer.strategy={strategy} starts processes that run the whole sweep again, and {sweeper} would sample "
+            "other jobs there. Use trainer.strategy=ddp_spawn, or a launcher that gives each job its own processes."
+        )
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder.absolute()
+    except OSError as error:
+        raise OSError(
+            f"The run's folder {folder} cannot be written: {error.strerror}. Choose another by hydra.run.dir=..., or "
+            "for a sweep by hydra.sweep.dir=..."
+        ) from None
+
+
+def _read_checkpoint(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"ckpt_path={path} does not exist. The last checkpoint of a run is <its folder>/checkpoints/last.ckpt."
+        )
+    checkpoint: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return checkpoint
+
+
+def _fill_in(data: DictConfig, datamodule: Any) -> None:
+    """The facts about the dataset that models ask for."""
+    channels, height, width = datamodule.input_shape
+    data.num_classes = datamodule.num_classes
+    data.input_shape, data.channels = [channels, height, width], channels
+    data.image_size = height if height == width else None
+
+
+def _check_metric(cfg: DictConfig) -> None:
+    if str(cfg.optimized_metric).startswith("val/") and cfg.dataset.get("val_size") == 0:
+        raise ValueError(
+            f"optimized_metric={cfg.optimized_metric} is measured on validation images, but dataset.val_size=0 leaves "
+            "none. Hold some out, or set optimized_metric=null."
+        )
+
+
+def _optimized(name: str | None, results: Mapping[str, float]) -> float:
+    if name is None:
+        return float("nan")
+    if name not in results:
+        raise ValueError(f"optimized_metric={name} was not logged; there are {sorted(results)}. The run is complete.")
+    return results[name]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sparsetrain.cli.artifacts import add_to_summary, git_state, write_model
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+class Around(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+
+def test_a_network_is_written_under_its_own_names_without_the_module_around_it(tmp_path: Path) -> None:
+    module = Around(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
+    write_model(tmp_path, module)
+    nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).load_state_dict(
+        load_file(tmp_path / "model.safetensors"), strict=True
+    )
+
+
+def test_a_module_without_a_network_is_written_whole(tmp_path: Path) -> None:
+    write_model(tmp_path, nn.Linear(2, 3))
+    assert load_file(tmp_path / "model.safetensors").keys() == {"weight", "bias"}
+
+
+def test_tied_and_strided_weights_load_strictly(tmp_path: Path) -> None:
+    module = Tied()
+    with torch.no_grad():
+        module.embedding.weight.set_(torch.rand(3, 5).T)
+    write_model(tmp_path, module)
+    other = Tied()
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=True)
+    assert torch.equal(other.head.weight, module.embedding.weight)
+
+
+def test_a_summary_is_added_to_and_replaced_as_a_whole(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"seed": 1, "val": {}}')
+    add_to_summary(tmp_path, val={"accuracy": 0.5}, test={"accuracy": 0.25})
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary == {"seed": 1, "val": {"accuracy": 0.5}, "test": {"accuracy": 0.25}}
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_git_state_says_the_commit_and_whether_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert git_state() is None
+
+    def git(*arguments: str) -> str:
+        name = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+        done = subprocess.run(["git", *name, *arguments], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init")
+    assert git_state() == {"commit": None, "dirty": False}
+    (tmp_path / "file").write_text("")
+    git("add", "file")
+    git("commit", "-m", "first")
+    assert git_state() == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "file").write_text("changed")
+    assert git_state() == {"commit": git("rev-parse", "HEAD"), "dirty": True}
+
+
+def test_git_state_is_none_without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert git_state() is None

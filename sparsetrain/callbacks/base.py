@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 
+from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
 from sparsetrain.callbacks.follower import OptimizerFollower
 from sparsetrain.masks import Masks, Pruning, Update
 from sparsetrain.report import plan_table
@@ -53,6 +54,7 @@ class SparsityCallback(L.Callback, ABC):
     _final_step: int | None
     _updated_at: int
     _follower: OptimizerFollower | None
+    _held_back: HeldBackCheckpoints | None
     _logged: dict[str, float]
 
     def __init__(self, pruning: Pruning = Pruning(), *, check: str = "cheap") -> None:
@@ -150,15 +152,13 @@ class SparsityCallback(L.Callback, ABC):
             )
         self.masks.apply_()
         self._final_step = self.final_step()
-        for callback in _callbacks(trainer):
-            if isinstance(callback, ModelCheckpoint) and callback.monitor is not None and callback.save_top_k != 0:
-                self._held_back[callback] = callback.save_top_k
-        if self._held_back and not self.at_target:
-            for callback in self._held_back:
-                callback.save_top_k = 0  # the last one is still saved, so that the run can be resumed
-            rank_zero_info(
-                f"Monitored checkpoints are kept once the final sparsity is reached (step {self._final_step})."
-            )
+        if not self.at_target:
+            self._held_back = HeldBackCheckpoints(_callbacks(trainer))
+            if self._held_back:
+                rank_zero_info(
+                    f"Monitored checkpoints are kept once the final sparsity is reached (step {self._final_step}); "
+                    "with save_last, the last one is saved all the while."
+                )
         rank_zero_info(f"{type(self).__name__}:\n{plan_table(self.plan)}")
 
     @property
@@ -190,8 +190,8 @@ class SparsityCallback(L.Callback, ABC):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.at_target:
-            self._release_checkpoints()
+        if self.at_target and self._held_back is not None:
+            self._held_back.release()
         facts = {
             "sparsity/target": self.history[-1].target if self.history else self.masks.sparsity(),
             "sparsity/at_target": float(self.at_target),
@@ -244,7 +244,7 @@ class SparsityCallback(L.Callback, ABC):
         self._follower = None
         self._updated_at = -1
         self._final_step = None
-        self._held_back: dict[ModelCheckpoint, int] = {}
+        self._held_back = None
         self._logged = {}
 
     def _restore(self, state: Mapping[str, Any]) -> None:
@@ -265,12 +265,8 @@ class SparsityCallback(L.Callback, ABC):
     def _detach(self) -> None:
         if self._follower is not None:
             self._follower.detach()
-        self._release_checkpoints()
-
-    def _release_checkpoints(self) -> None:
-        for callback, save_top_k in self._held_back.items():
-            callback.save_top_k = save_top_k
-        self._held_back.clear()
+        if self._held_back is not None:
+            self._held_back.release()
 
     def _update(self, trainer: L.Trainer, target: float) -> None:
         assert self._follower is not None

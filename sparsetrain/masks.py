@@ -73,7 +73,9 @@ class Masks(Mapping[str, Tensor]):
         self.plan: tuple[PlanRow, ...] = ()
         self._masks: dict[str, Tensor] = {}
         self._kept: dict[str, int] = {}
+        self._asked = 0  # weights to keep by the last update; a pattern may have kept some more or fewer
         self._owners: dict[str, tuple[nn.Module, str]] = {}
+        self._aliases: dict[str, list[str]] = {}  # a state dict holds a tied weight under each of its names
         self._pending: Mapping[str, Any] | None = None
 
     def __getitem__(self, name: str) -> Tensor:
@@ -96,10 +98,13 @@ class Masks(Mapping[str, Tensor]):
         self.plan = self.pruning.where.plan(module)
         names = [row.name for row in self.plan if row.pruned]
         self._owners = {name: _owner(module, name) for name in names}
+        everywhere = list(module.named_parameters(remove_duplicate=False))
+        self._aliases = {name: [n for n, p in everywhere if p is self.parameter(name)] for name in names}
         for name in names:
             self.pruning.pattern.reachable(self.parameter(name).shape, 0)  # raises where the pattern does not fit
         self._masks = {name: torch.ones_like(self.parameter(name), dtype=torch.bool) for name in names}
         self._kept = {name: mask.numel() for name, mask in self._masks.items()}
+        self._asked = self.total
         if self._pending is not None:
             self.load_state_dict(self._pending)
 
@@ -142,8 +147,8 @@ class Masks(Mapping[str, Tensor]):
         check_sparsity(sparsity, "sparsity")
         if not self._masks:
             raise RuntimeError("The masks belong to no module yet. Call masks.bind(module) first.")
-        kept = self.total - math.floor(sparsity * self.total + 0.5)
-        if not regrow and kept > sum(self._kept.values()):
+        asked, present = self.total - math.floor(sparsity * self.total + 0.5), sum(self._kept.values())
+        if not regrow and asked > max(self._asked, present):
             raise ValueError(
                 f"Sparsity {sparsity} lies below the present {self.sparsity():.6f}, but pruned weights do not come "
                 "back. Ask for more, or pass regrow=True."
@@ -153,7 +158,7 @@ class Masks(Mapping[str, Tensor]):
         scores = {name: partial(self._score, name, step, regrow) for name in self}
         available = [mask.numel() if regrow else self._kept[name] for name, mask in self.items()]
         candidates = Candidates([mask.shape for mask in self.values()], available, list(scores.values()))
-        budget = self.pruning.allocation.divide(candidates, kept)
+        budget = self.pruning.allocation.divide(candidates, asked if regrow else min(asked, present))
         pattern = self.pruning.pattern
         dropped, grown = {}, {}
         for name, count in zip(self, budget.kept, strict=True):
@@ -163,6 +168,7 @@ class Masks(Mapping[str, Tensor]):
             dropped[name] = _count(old & ~new)
             grown[name] = _count(new & ~old)
             old.copy_(new)
+        self._asked = asked
         return Update(step, sparsity, self.kept, dropped, grown)
 
     @torch.no_grad()
@@ -218,18 +224,20 @@ class Masks(Mapping[str, Tensor]):
             prefix: such as "model.".
         """
         for name in self.sparse_names():
-            if prefix + name not in state_dict:
-                continue  # a module may save a part of itself
-            weight = state_dict[prefix + name]
-            pruned = ~self[name].to(weight.device)
-            if bool((weight[pruned] != 0).any()):
-                state_dict[prefix + name] = weight.masked_fill(pruned, 0)
+            for key in (prefix + alias for alias in self._aliases[name]):
+                if key not in state_dict:
+                    continue  # a module may save a part of itself
+                weight = state_dict[key]
+                pruned = ~self[name].to(weight.device)
+                if bool((weight[pruned] != 0).any()):
+                    state_dict[key] = weight.masked_fill(pruned, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only; masks at 1 bit a weight."""
         return {
             "masks": {name: pack(mask) for name, mask in self.items()},
             "shapes": {name: list(mask.shape) for name, mask in self.items()},
+            "asked": self._asked,
             "stats": self.stats.state_dict(),
         }
 
@@ -246,6 +254,7 @@ class Masks(Mapping[str, Tensor]):
         shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
         masks = {name: unpack(bits, shapes[name]) for name, bits in state["masks"].items()}
         self.replace(masks, "The saved masks")
+        self._asked = int(state["asked"])
         self.stats.load_state_dict(state["stats"])
 
     def replace(self, masks: Mapping[str, Tensor], source: str) -> None:
@@ -269,6 +278,7 @@ class Masks(Mapping[str, Tensor]):
         for name, mask in self.items():
             mask.copy_(masks[name])
             self._kept[name] = _count(mask)
+        self._asked = sum(self._kept.values())
 
     def _raw_score(self, name: str, step: int) -> Tensor:
         parameter = self.parameter(name)

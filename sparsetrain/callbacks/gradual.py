@@ -19,6 +19,9 @@ class GradualMagnitudePruning(SparsityCallback):
         pruning: what is pruned, scored and allocated how.
         check: see `SparsityCallback`.
 
+    Raises:
+        ValueError: no schedule; at the start of the fit, one that ends beyond the run.
+
     Source: Zhu & Gupta 2017, arXiv:1710.01878.
     Differs: one ranking over all tensors by default, there the same sparsity in each (`Pruning(allocation=Uniform())`);
         masks only shrink, there a hidden weight may come back.
@@ -26,6 +29,10 @@ class GradualMagnitudePruning(SparsityCallback):
 
     def __init__(self, schedule: Schedule, *, pruning: Pruning = Pruning(), check: str = "cheap") -> None:
         super().__init__(pruning, check=check)
+        if not isinstance(schedule, Schedule):
+            raise ValueError(
+                f"schedule={schedule!r} is no schedule. Give Cubic(0.9, begin='1ep', end='8ep') or another."
+            )
         self.schedule = schedule
         self._resolved = schedule
 

@@ -99,7 +99,7 @@ def _sorted_sample(scores: Sequence[Scores], total: int) -> Tensor:
     parts, offset = [], 0
     for make in scores:
         flat = _flat(make())
-        parts.append(flat[offset::stride].cpu())
+        parts.append(flat[offset::stride].to("cpu", copy=True))  # a view would keep all scores alive
         offset = (offset - len(flat)) % stride
     return torch.cat(parts).sort(descending=True).values
 

@@ -38,7 +38,7 @@ def test_the_method_written_in_the_readme_alternates_and_ends_sparse() -> None:
     exec(BLOCKS[1], names)
     method = names["AlternatingCompression"](0.75, "1ep", warmup="1ep", finish="14it")  # type: ignore[operator]
     assert isinstance(method, SparsityCallback)
-    make_trainer([method]).fit(TinyModule(), **loaders())
+    make_trainer(method).fit(TinyModule(), **loaders())
     assert [(update.step, update.target) for update in method.history] == [(5, 0.75), (10, 0.0), (14, 0.75)]
     assert method.final_step() == 14
     assert sum(method.masks.kept.values()) == method.masks.total // 4

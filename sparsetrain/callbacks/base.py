@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import lightning as L
@@ -174,17 +174,25 @@ class SparsityCallback(L.Callback, ABC):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         assert self._follower is not None
-        if (
-            optimizer is self._follower.counted and self._updated_at != self.step
-        ):  # a closure may be evaluated many times
-            target = self.target(self.step)
-            if target is not None and self._gradients_are_finite(trainer):
+        held = self._follower.held(optimizer)
+        due = optimizer is self._follower.counted and self._updated_at != self.step  # a closure may be called often
+        target = self.target(self.step) if due else None
+        if target is not None:
+            broken = self._not_finite(self.masks)
+            if broken is None:
                 self._update(trainer, target)
                 self._updated_at = self.step
-        for name in self._follower.held(optimizer) if self.masks.stats.names else []:
-            parameter = self.masks.parameter(name)
-            if parameter.grad is not None:
-                self.masks.stats.observe_step(name, parameter, parameter.grad)
+            elif not _has_scaler(trainer):
+                raise RuntimeError(
+                    f"The gradient of {broken!r} is not finite at step {self.step}, where the masks are to be updated: "
+                    "the step would destroy the weights. Lower the learning rate, clip gradients, or mend the data."
+                )
+        # A step with such gradients is skipped by a gradient scaler, and its update is then made at the repetition.
+        if self.masks.stats.names and not (_has_scaler(trainer) and self._not_finite(held)):
+            for name in held:
+                parameter = self.masks.parameter(name)
+                if parameter.grad is not None:
+                    self.masks.stats.observe_step(name, parameter, parameter.grad)
         self.masks.zero_grads_(self._follower.pruned(optimizer))
 
     def on_train_batch_end(
@@ -287,19 +295,15 @@ class SparsityCallback(L.Callback, ABC):
     def _count_step(self) -> None:
         self.step += 1
 
-    def _gradients_are_finite(self, trainer: L.Trainer) -> bool:
-        """False where a gradient scaler is about to skip this step: the update is then made at its repetition."""
-        grads = {name: g for name in self.masks if (g := self.masks.parameter(name).grad) is not None}
+    def _not_finite(self, names: Iterable[str]) -> str | None:
+        """The first of the parameters `names` whose gradient is not finite."""
+        grads = {name: grad for name in names if (grad := self.masks.parameter(name).grad) is not None}
         norms = torch._foreach_norm(list(grads.values()), math.inf) if grads else []
-        broken = [name for name, norm in zip(grads, norms, strict=True) if not math.isfinite(float(norm))]
-        if not broken:
-            return True
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
-            return False
-        raise RuntimeError(
-            f"The gradient of {broken[0]!r} is not finite at step {self.step}, where the masks are to be updated: the "
-            "step would destroy the weights. Lower the learning rate, clip gradients, or mend the data."
-        )
+        return next((name for name, norm in zip(grads, norms, strict=True) if not math.isfinite(float(norm))), None)
+
+
+def _has_scaler(trainer: L.Trainer) -> bool:
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
 def _run_length(trainer: L.Trainer) -> RunLength:

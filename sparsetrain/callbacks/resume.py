@@ -10,6 +10,7 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.utilities import rank_zero_info
 
 
 class ExactResume(L.Callback):
@@ -30,6 +31,7 @@ class ExactResume(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._restored = None
+        self._before_validation = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": _of_all_ranks(_random_state())}
@@ -50,6 +52,9 @@ class ExactResume(L.Callback):
             }
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loader = trainer.fit_loop._combined_loader
+        if loader is not None and not all(hasattr(part, "state_dict") for part in loader.flattened):
+            rank_zero_info("The training loader has no state: resume is exact from checkpoints at the end of an epoch.")
         if self._restored is None:
             return
         ranks = self._restored["random"]
@@ -62,8 +67,21 @@ class ExactResume(L.Callback):
             parameter = pl_module.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
         trainer._logger_connector._callback_metrics.update(self._restored["metrics"])
+        epoch_has_ended = trainer.fit_loop.resumed_on_epoch_end or trainer.fit_loop.restarted_on_epoch_end
         _mend_progress(trainer)
-        _restore_loader(trainer, ranks[trainer.global_rank])
+        _restore_loader(trainer, ranks[trainer.global_rank], epoch_has_ended)
+        self._before_validation = ranks[trainer.global_rank]  # of the one that was due when the checkpoint was saved
+        self._restored = None
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._restored is None:
+            return
+        # Resumed from the end of the run: nothing was left to train, but perhaps the epoch's last schedulers.
+        trainer._logger_connector._callback_metrics.update(self._restored["metrics"])
+        epochs = trainer.fit_loop.epoch_progress.total
+        if epochs.completed < epochs.processed:
+            trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        _set_random_state(self._restored["random"][trainer.global_rank])
         self._restored = None
 
     def on_train_batch_end(
@@ -127,7 +145,7 @@ def _return_to_batch_end(trainer: L.Trainer, fetcher: _DataFetcher) -> None:
         epoch.val_loop._has_run = True
 
 
-def _restore_loader(trainer: L.Trainer, random_state: dict[str, Any]) -> None:
+def _restore_loader(trainer: L.Trainer, random_state: dict[str, Any], epoch_has_ended: bool) -> None:
     fit = trainer.fit_loop
     loader, fetcher = fit._combined_loader, fit._data_fetcher
     assert loader is not None
@@ -139,7 +157,7 @@ def _restore_loader(trainer: L.Trainer, random_state: dict[str, Any]) -> None:
     for part in loader.flattened:
         _set_sampler_epoch(part, trainer.current_epoch)
     # A new iterator of a DataLoader draws a seed: before the saved moment if that lies within an epoch, else after it.
-    within_epoch = 0 < fit.epoch_loop.batch_progress.current.ready < trainer.num_training_batches
+    within_epoch = fit.epoch_loop.batch_progress.current.ready > 0 and not epoch_has_ended
     if within_epoch:
         iter(fetcher)
     _set_random_state(random_state)

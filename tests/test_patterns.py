@@ -1,0 +1,153 @@
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparsetrain.allocation import ERK, LAMP, Global, Uniform
+from sparsetrain.masks import Masks, Pruning, prune
+from sparsetrain.patterns import Pattern, Unstructured
+from sparsetrain.selection import Selection
+
+
+@dataclass(frozen=True)
+class TwoOfFour(Pattern):
+    """In each 4 neighbours of a row the best 2: one count for each shape."""
+
+    def reachable(self, shape: torch.Size, kept: int) -> int:
+        if shape[-1] % 4:
+            raise ValueError(f"TwoOfFour needs rows divisible by 4; got shape {tuple(shape)}. Add it to `exclude`.")
+        return shape.numel() // 2
+
+    def mask(self, score: Tensor, kept: int, cut: float | None = None) -> Tensor:
+        groups = score.reshape(-1, 4)
+        best = groups.argsort(dim=1, descending=True, stable=True)[:, :2]
+        return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, best, True).view(score.shape)
+
+
+@dataclass(frozen=True)
+class Blocks(Pattern):
+    """Runs of `size` neighbours in a row, kept or dropped together."""
+
+    size: int
+
+    def reachable(self, shape: torch.Size, kept: int) -> int:
+        if shape[-1] % self.size:
+            raise ValueError(f"Blocks({self.size}) does not fit shape {tuple(shape)}. Add it to `exclude`.")
+        return (kept + self.size // 2) // self.size * self.size
+
+    def mask(self, score: Tensor, kept: int, cut: float | None = None) -> Tensor:
+        best = score.reshape(-1, self.size).sum(1).argsort(descending=True, stable=True)[: kept // self.size]
+        mask = torch.zeros(score.numel() // self.size, self.size, dtype=torch.bool)
+        mask[best] = True
+        return mask.view(score.shape)
+
+
+def mlp(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(16, 12, bias=False), nn.Linear(12, 20, bias=False), nn.Linear(20, 4, bias=False))
+
+
+def bound(pattern, module, allocation=Global()):
+    masks = Masks(Pruning(pattern=pattern, allocation=allocation))
+    masks.bind(module)
+    return masks
+
+
+def test_unstructured_reaches_every_count():
+    shape = torch.Size((3, 5))
+    assert [Unstructured().reachable(shape, kept) for kept in range(16)] == list(range(16))
+    score = torch.arange(15.0).view(3, 5)
+    for kept in range(16):
+        assert torch.equal(Unstructured().mask(score, kept), score >= 15 - kept)
+        assert torch.equal(Unstructured().mask(score, kept, cut=7.0), score >= 15 - kept)
+
+
+@pytest.mark.parametrize("allocation", [Global(), Uniform(), ERK(), LAMP()], ids=repr)
+def test_a_pattern_with_one_count_gives_it_to_every_tensor(allocation):
+    module = mlp()
+    masks = prune(module, 0.5, Pruning(pattern=TwoOfFour(), allocation=allocation))
+    for name, mask in masks.items():
+        weight = module.get_parameter(name)
+        assert (mask.view(-1, 4).sum(1) == 2).all()
+        assert masks.kept[name] == weight.numel() // 2 == int((weight != 0).sum())
+    assert masks.sparsity() == 0.5
+
+
+def test_n_of_m_keeps_the_best_of_each_group_while_the_weights_move():
+    module = mlp()
+    masks = bound(TwoOfFour(), module)
+    for _ in range(3):
+        expected = {}
+        for name in masks:
+            groups = module.get_parameter(name).detach().abs().view(-1, 4)
+            expected[name] = groups >= groups.sort(dim=1, descending=True).values[:, 1:2]
+        masks.update(0.5, regrow=True)
+        assert all(torch.equal(masks[name].view(-1, 4), mask) for name, mask in expected.items())
+        for parameter in module.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+@pytest.mark.parametrize("allocation", [Global(floor=0), Uniform(floor=0), ERK(floor=0), LAMP(floor=0)], ids=repr)
+def test_each_tensor_gets_the_reachable_count_nearest_to_its_share(allocation):
+    module = mlp()
+    for sparsity in (0.0, 0.3, 0.5, 0.77, 0.9):
+        fine, coarse = bound(Unstructured(), module, allocation), bound(Blocks(4), module, allocation)
+        fine.update(sparsity)
+        coarse.update(sparsity)
+        for name in fine:
+            assert coarse.kept[name] % 4 == 0
+            assert abs(coarse.kept[name] - fine.kept[name]) <= 2
+            assert coarse.kept[name] == int(coarse[name].sum())
+
+
+@pytest.mark.parametrize("allocation", [Global(floor=4), Uniform(floor=4), ERK(floor=4), LAMP(floor=4)], ids=repr)
+def test_block_masks_are_nested_over_a_schedule_that_rises_by_less_than_a_block(allocation):
+    module = mlp()
+    masks = bound(Blocks(4), module, allocation)
+    total = masks.total
+    for pruned in range(0, total - 30):
+        before = {name: mask.clone() for name, mask in masks.items()}
+        masks.update(pruned / total)
+        for name, mask in masks.items():
+            assert not (mask & ~before[name]).any()
+            blocks = mask.view(-1, 4)
+            assert torch.equal(blocks.any(1), blocks.all(1))
+        assert abs(sum(masks.kept.values()) - (total - pruned)) <= 4 * len(masks)
+        masks.apply_()
+        for parameter in module.parameters():
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def test_rounding_to_blocks_does_not_hide_a_sparsity_that_falls():
+    masks = bound(Blocks(4), mlp())
+    masks.update(0.5)
+    with pytest.raises(ValueError, match=r"lies below the present"):
+        masks.update(0.49)
+
+
+def test_a_schedule_with_blocks_goes_on_after_a_resume():
+    module = mlp()
+    first, second = bound(Blocks(4), module), bound(Blocks(4), module)
+    total = first.total
+    for pruned in range(100, 140):
+        first.update(pruned / total)
+        second.load_state_dict(first.state_dict())
+        first.update((pruned + 1) / total)
+        second.update((pruned + 1) / total)
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_error_of_a_pattern_that_does_not_fit_comes_at_bind():
+    with pytest.raises(ValueError, match=r"TwoOfFour needs rows divisible by 4; got shape \(3, 6\)"):
+        bound(TwoOfFour(), nn.Linear(6, 3))
+    where = Selection(exclude=("0.*",))
+    masks = Masks(Pruning(where, pattern=TwoOfFour()))
+    masks.bind(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2)))
+    assert list(masks) == ["1.weight"]
+
+
+def test_marked_scores_come_last_in_a_pattern():
+    score = torch.tensor([[1.0, -math.inf, -math.inf, 0.5]])
+    assert TwoOfFour().mask(score, 2).tolist() == [[True, False, False, True]]

@@ -79,7 +79,7 @@ class ExactResume(L.Callback):
         # Resumed from the end of the run: nothing was left to train, but perhaps the epoch's last schedulers.
         trainer._logger_connector._callback_metrics.update(self._restored["metrics"])
         epochs = trainer.fit_loop.epoch_progress.total
-        if epochs.completed < epochs.processed:
+        if epochs.completed < epochs.processed:  # type: ignore[attr-defined]
             trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
         _set_random_state(self._restored["random"][trainer.global_rank])
         self._restored = None

@@ -20,7 +20,8 @@ class ExactResume(L.Callback):
     checkpoint goes on bit for bit as if it had not been interrupted. With a plain `DataLoader` that holds for
     checkpoints at the end of an epoch. Validation does not advance the random streams, so a run is the same however
     often it is validated. On several processes, gradients accumulated before a checkpoint are restored as their mean,
-    which is the same sum in another order.
+    which is the same sum in another order. A checkpoint written amid a batch, as by `OnExceptionCheckpoint`, goes on
+    with the next batch.
 
     This is the one file that uses private names of Lightning; its test fails if they are renamed.
     """

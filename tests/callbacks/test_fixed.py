@@ -1,91 +1,74 @@
-from pathlib import Path
-
 import pytest
 import torch
-from conformance.harness import TinyModule, fit
+from conformance.harness import PlainModule, TinyModule, fit
+from torch import Tensor
 from torch.nn.utils import prune as torch_prune
 
 from sparsetrain import FixedMasks, GradualMagnitudePruning, OneShot, masks_of, prune, save_masks
 
 
-def given() -> dict[str, torch.Tensor]:
-    return dict(prune(TinyModule(), 0.6))
+@pytest.fixture
+def masks() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return dict(prune(TinyModule(), 0.7))
 
 
-def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def have(callback: object, masks: dict[str, Tensor]) -> bool:
+    return callback.masks.keys() == masks.keys() and all(torch.equal(callback.masks[n], m) for n, m in masks.items())
 
 
-def test_the_masks_do_not_change_and_the_weights_train() -> None:
-    masks = given()
-    before = {name: weight.clone() for name, weight in TinyModule().named_parameters()}
+def test_masks_given_as_tensors_hold_from_the_first_step_to_the_last(masks):
     run = fit(FixedMasks(masks))
-    assert same(dict(run.callback.masks), masks)
+    assert have(run.callback, masks)
     assert run.callback.history == []
-    for name, mask in masks.items():
-        weight = run.module.get_parameter(name)
-        assert not (weight[~mask] != 0).any()
-        assert not torch.equal(weight[mask], before[name][mask])
+    assert all(not run.module.get_parameter(name)[~mask].any() for name, mask in masks.items())
 
 
-def test_they_come_from_a_masks_file(tmp_path: Path) -> None:
-    masks = given()
+def test_masks_are_read_from_a_file_of_masks(tmp_path, masks):
     save_masks(masks, tmp_path / "masks.safetensors")
-    assert same(dict(fit(FixedMasks(tmp_path / "masks.safetensors")).callback.masks), masks)
+    assert have(fit(FixedMasks(tmp_path / "masks.safetensors")).callback, masks)
+    assert have(fit(FixedMasks(str(tmp_path / "masks.safetensors"))).callback, masks)
 
 
-def test_they_come_from_a_checkpoint_of_a_sparse_run(tmp_path: Path) -> None:
-    run = fit(GradualMagnitudePruning(OneShot(0.7)))
-    run.trainer.save_checkpoint(tmp_path / "run.ckpt")
-    assert same(dict(fit(FixedMasks(str(tmp_path / "run.ckpt"))).callback.masks), dict(run.callback.masks))
+def test_masks_are_read_from_a_checkpoint_of_a_sparse_run(tmp_path):
+    run = fit(GradualMagnitudePruning(OneShot(0.9)))
+    run.trainer.save_checkpoint(tmp_path / "sparse.ckpt")
+    assert have(fit(FixedMasks(tmp_path / "sparse.ckpt")).callback, dict(run.callback.masks))
 
 
-def test_they_come_from_a_module_pruned_with_torch() -> None:
-    module = TinyModule()
-    torch_prune.l1_unstructured(module.head, "weight", amount=0.5)
+def test_masks_are_taken_from_a_module_pruned_by_torch():
+    module = PlainModule()
+    parts = [(module.body[5], "weight"), (module.head, "weight")]
+    torch_prune.global_unstructured(parts, torch_prune.L1Unstructured, amount=0.6)
     masks = masks_of(module)
-    torch_prune.remove(module.head, "weight")
+    for part, name in parts:
+        torch_prune.remove(part, name)
+    assert masks.keys() == {"body.5.weight", "head.weight"}
+    assert all(torch.equal(module.get_parameter(name) != 0, mask) for name, mask in masks.items())
     run = fit(FixedMasks(masks), make=lambda: module)
-    assert same(dict(run.callback.masks), masks)
-    assert set(masks) == {"head.weight"}
-    assert int(masks["head.weight"].sum()) == 24
+    assert have(run.callback, masks)
+    assert [row.name for row in run.callback.plan if row.pruned] == list(masks)
 
 
-def test_a_module_without_pruned_parameters_has_no_masks() -> None:
-    with pytest.raises(ValueError, match="No parameter of TinyModule is pruned"):
+def test_masks_of_a_module_that_torch_did_not_prune_are_refused():
+    with pytest.raises(ValueError, match=r"No parameter of TinyModule is pruned with torch\.nn\.utils\.prune"):
         masks_of(TinyModule())
 
 
-def test_a_missing_file_is_one_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no\.safetensors does not exist"):
-        FixedMasks(tmp_path / "no.safetensors")
+def test_a_mask_that_is_not_bool_is_refused(masks):
+    with pytest.raises(ValueError, match=r"mask of 'head.weight' is torch\.float32; it must be torch\.bool"):
+        FixedMasks({"head.weight": masks["head.weight"].float()})
 
 
-def test_a_dense_checkpoint_has_no_masks(tmp_path: Path) -> None:
-    run = fit()
-    run.trainer.save_checkpoint(tmp_path / "dense.ckpt")
-    with pytest.raises(ValueError, match="holds the masks of 0 sparsity callbacks"):
+def test_a_file_that_is_missing_or_holds_no_masks_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"masks\.safetensors does not exist\. Give a masks\.safetensors"):
+        FixedMasks(tmp_path / "masks.safetensors")
+    fit().trainer.save_checkpoint(tmp_path / "dense.ckpt")
+    with pytest.raises(ValueError, match="holds the masks of 0 sparsity callbacks; it must be exactly one"):
         FixedMasks(tmp_path / "dense.ckpt")
 
 
-def test_a_weights_file_has_no_masks(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    save_file({"head.weight": torch.ones(3, 16)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="holds no masks"):
-        FixedMasks(tmp_path / "model.safetensors")
-
-
-def test_masks_that_are_not_bool_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"must be torch\.bool"):
-        FixedMasks({"head.weight": torch.ones(3, 16)})
-
-
-def test_masks_of_another_shape_are_refused_before_training() -> None:
-    with pytest.raises(ValueError, match=r"'head.weight' has shape \(4, 16\) there and \(3, 16\) here"):
-        fit(FixedMasks({"head.weight": torch.ones(4, 16, dtype=torch.bool)}))
-
-
-def test_masks_of_unknown_parameters_are_refused_before_training() -> None:
-    with pytest.raises(ValueError, match=r"'tail.weight' matches no parameter. Near names: 'head.weight'"):
-        fit(FixedMasks({"tail.weight": torch.ones(3, 16, dtype=torch.bool)}))
+def test_the_final_sparsity_holds_from_the_start(masks):
+    callback = fit(FixedMasks(masks)).callback
+    assert callback.final_step() == 0
+    assert callback.at_target

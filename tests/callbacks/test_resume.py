@@ -1,0 +1,93 @@
+import inspect
+import random
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from conformance.harness import fit, seed_all
+from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.loops import evaluation_loop, fit_loop, training_epoch_loop
+from lightning.pytorch.loops.fetchers import _DataFetcher
+from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+
+from sparsetrain.callbacks.resume import ExactResume, _random_state, _set_random_state
+
+FIT = fit_loop._FitLoop
+EPOCH = training_epoch_loop._TrainingEpochLoop
+EVALUATION = evaluation_loop._EvaluationLoop
+
+
+@pytest.mark.parametrize(
+    ("owner", "names"),
+    [
+        (FIT, "restarted_on_epoch_end resumed_on_epoch_end restarted_mid_epoch reset_restart_stage _should_accumulate"),
+        (
+            EPOCH,
+            "restarted_on_train_batch_end update_lr_schedulers reset_restart_stage _should_check_val_epoch "
+            "_should_check_val_fx",
+        ),
+        (EVALUATION, "setup_data skip"),
+        (CombinedLoader, "_load_state_dicts flattened"),
+        (training_epoch_loop.RestartStage, "RESTARTED_ON_LAST"),
+        (evaluation_loop.RestartStage, "RESTARTED_MID_EVALUATION"),
+        (_DataFetcher, "__iter__"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_lightning_still_has_the_names_that_are_used(owner, names):
+    for name in names.split():
+        assert hasattr(owner, name), name
+
+
+@pytest.mark.parametrize(
+    ("owner", "names"),
+    [
+        (FIT, "_data_fetcher _combined_loader _combined_loader_states_to_load epoch_progress epoch_loop"),
+        (EPOCH, "batch_progress val_loop _restart_stage"),
+        (EVALUATION, "_has_run _restart_stage"),
+        (_Loop, "_restarting"),
+        (_LoggerConnector, "_callback_metrics"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_lightning_still_sets_the_attributes_that_are_used(owner, names):
+    source = inspect.getsource(owner.__init__)
+    for name in names.split():
+        assert f"self.{name} " in source or f"self.{name}:" in source, name
+
+
+def test_lightning_still_sets_the_epoch_of_samplers_and_lets_restarting_be_set():
+    assert list(inspect.signature(_set_sampler_epoch).parameters) == ["dataloader", "epoch"]
+    assert _Loop.restarting.fset is not None
+
+
+def test_random_states_go_through_a_checkpoint_unchanged(tmp_path):
+    seed_all(5)
+    torch.save(_random_state(), tmp_path / "state.pt")
+    expected = (torch.rand(3), random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn())
+    seed_all(6)
+    _set_random_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert torch.equal(torch.rand(3), expected[0])
+    assert (random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()) == expected[1:]
+
+
+def test_validation_does_not_advance_the_random_streams():
+    class Draw(L.Callback):
+        def on_validation_batch_start(self, *_: object) -> None:
+            torch.rand(1), random.random(), np.random.rand()
+
+    often, never = fit(Draw(), val_check_interval=1), fit(limit_val_batches=0)
+    assert often.trace.batches == never.trace.batches
+
+
+def test_a_second_fit_is_not_taken_for_a_resumed_one(tmp_path):
+    first = fit()
+    first.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    callback = ExactResume()
+    callback.load_state_dict({"random": []})
+    callback.setup(first.trainer, first.module, "fit")
+    callback.on_train_start(first.trainer, first.module)
+    assert callback._restored is None

@@ -1,0 +1,110 @@
+"""Checkpoints of a sparse run are checkpoints of the plain dense model."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from conformance.harness import PlainModule, SaveEverywhere, TinyModule, fit, loaders, make_trainer, samples
+from conformance.methods import every_method
+from torch import Tensor
+
+from sparsetrain import masks_of
+from sparsetrain.masks import unpack
+
+
+def outputs(module: L.LightningModule) -> Tensor:
+    """What the module computes on all samples, as it does when it is evaluated."""
+    was_training = module.training
+    module.eval()
+    with torch.no_grad():
+        result = module(samples()[0].float() / 64 - 2)
+    module.train(was_training)
+    return result
+
+
+class Snapshots(SaveEverywhere):
+    """Keeps what the module computed when each checkpoint was saved, and copies of the module."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.outputs: list[Tensor] = []
+        self.copies: list[L.LightningModule] = []
+
+    def _save(self, trainer: L.Trainer, moment: str) -> None:
+        super()._save(trainer, moment)
+        self.outputs.append(outputs(trainer.lightning_module))
+        if len(self.saved) % 5 == 0:
+            self.copies.append(copy.deepcopy(trainer.lightning_module))
+            self.copies.append(pickle.loads(pickle.dumps(trainer.lightning_module.body)))
+
+
+@every_method
+def test_every_checkpoint_loads_strictly_into_the_dense_model_and_computes_the_same(tmp_path, method):
+    saver = Snapshots(tmp_path)
+    fit(method.make(), saver)
+    assert len(saver.saved) == len(saver.outputs) == 21
+    for saved, expected in zip(saver.saved, saver.outputs, strict=True):
+        checkpoint = torch.load(saved.path, weights_only=True)
+        module = TinyModule()
+        module.load_state_dict(checkpoint["state_dict"], strict=True)
+        assert torch.equal(outputs(module), expected), saved
+    loaded = TinyModule.load_from_checkpoint(saver.saved[-1].path, weights_only=True)
+    assert torch.equal(outputs(loaded), saver.outputs[-1])
+
+
+@every_method
+def test_every_checkpoint_holds_tensors_and_primitives_and_masks_at_one_bit_a_weight(tmp_path, method):
+    saver = SaveEverywhere(tmp_path)
+    run = fit(method.make(), saver)
+    for saved in saver.saved:
+        state = torch.load(saved.path, weights_only=True)["callbacks"][run.callback.state_key]
+        assert sum(bits.numel() for bits in state["masks"].values()) == -(-36 // 8) + 1024 // 8 + 48 // 8
+        assert all(bits.dtype == torch.uint8 for bits in state["masks"].values())
+    for name, mask in run.callback.masks.items():  # the last one holds the final masks
+        assert torch.equal(unpack(state["masks"][name], mask.shape), mask)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # which it is not, on purpose
+@every_method
+@pytest.mark.parametrize("attached", [True, False])
+def test_a_checkpoint_is_tested_with_and_without_the_callback(tmp_path, method, attached):
+    run = fit(method.make())
+    run.trainer.save_checkpoint(tmp_path / "last.ckpt")
+    data = loaders()["val_dataloaders"]
+    expected = make_trainer().test(run.module, data, verbose=False)
+    callbacks = [method.make()] if attached else []
+    assert (
+        make_trainer(*callbacks).test(TinyModule(), data, ckpt_path=tmp_path / "last.ckpt", verbose=False) == expected
+    )
+
+
+@every_method
+def test_a_module_can_be_copied_and_pickled_during_and_after_the_fit(tmp_path, method):
+    saver = Snapshots(tmp_path)
+    run = fit(method.make(), saver, make=PlainModule)
+    assert len(saver.copies) == 8
+    expected = outputs(run.module)
+    assert torch.equal(outputs(copy.deepcopy(run.module)), expected)
+    assert torch.equal(outputs(pickle.loads(pickle.dumps(run.module.cpu()))), expected)
+
+
+@every_method
+def test_only_weights_can_be_saved(tmp_path, method):
+    class Save(L.Callback):
+        def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+
+    run = fit(method.make(), Save())
+    checkpoint = torch.load(tmp_path / "weights.ckpt", weights_only=True)
+    assert "callbacks" not in checkpoint
+    for name, mask in run.callback.masks.items():
+        assert not checkpoint["state_dict"][name][~mask].any()
+
+
+def test_a_trained_module_has_nothing_of_torch_prune():
+    with pytest.raises(ValueError, match=r"No parameter of TinyModule is pruned with torch.nn.utils.prune"):
+        masks_of(fit().module)

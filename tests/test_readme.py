@@ -1,5 +1,6 @@
 """What the README says is what the code does."""
 
+import json
 import re
 from pathlib import Path
 
@@ -48,6 +49,14 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
     named = set(re.findall(r"\+experiment=(\w+)", README))
     assert named
     assert all((ROOT / "sparsetrain" / "conf" / "experiment" / f"{name}.yaml").exists() for name in named)
+
+
+def test_the_table_of_costs_is_that_of_the_results_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "overhead")
+    import overhead
+
+    results = json.loads(overhead.RESULTS.read_text())
+    assert overhead.summary_table(results) in README
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:

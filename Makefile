@@ -10,7 +10,7 @@ demo: $(INSTALLED)  ## Train a sparse network beside its dense control and print
 	$(BIN)/python experiments/demo.py
 
 test: lint types  ## Lint, type-check and run the whole suite.
-	$(BIN)/python -m pytest --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

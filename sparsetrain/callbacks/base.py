@@ -271,10 +271,13 @@ class SparsityCallback(L.Callback, ABC):
                     )
 
     def _detach(self) -> None:
+        """Give back what was taken of the optimizers and checkpoints, and keep neither alive."""
         if self._follower is not None:
             self._follower.detach()
+            self._follower = None
         if self._held_back is not None:
             self._held_back.release()
+            self._held_back = None
 
     def _update(self, trainer: L.Trainer, target: float) -> None:
         assert self._follower is not None

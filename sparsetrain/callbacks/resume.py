@@ -23,7 +23,7 @@ class ExactResume(L.Callback):
     which is the same sum in another order. A checkpoint written amid a batch, as by `OnExceptionCheckpoint`, goes on
     with the next batch.
 
-    This is the one file that uses private names of Lightning; its test fails if they are renamed.
+    Private names of Lightning are used here, and one in `checkpoints`; tests fail if they are renamed.
     """
 
     def __init__(self) -> None:

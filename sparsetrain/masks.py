@@ -367,9 +367,21 @@ def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def _multiply_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
-    if tensors:
-        factors = [mask.view(torch.uint8) for mask in masks]  # half the time of bool
-        torch._foreach_mul_(list(tensors), factors)
+    if not tensors:
+        return
+    factors = [mask.view(torch.uint8) for mask in masks]  # half the time of bool
+    if tensors[0].device.type == "cpu":
+        # The CPU turns each mask into floats first; in pieces, they do not leave the cache: a fifth less time.
+        pieces = [_split(tensor, factor) for tensor, factor in zip(tensors, factors, strict=True)]
+        tensors, factors = ([piece for pair in pieces for piece in pair[side]] for side in (0, 1))
+    torch._foreach_mul_(list(tensors), factors)
+
+
+def _split(*tensors: Tensor) -> list[Sequence[Tensor]]:
+    """Views of `tensors`, alike in shape, in pieces of at most 2**17 elements; whole if one is not contiguous."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return [torch.split(tensor.view(-1), 1 << 17) for tensor in tensors]
+    return [[tensor] for tensor in tensors]
 
 
 def _count(mask: Tensor) -> int:

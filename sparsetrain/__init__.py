@@ -1,12 +1,22 @@
 """Training-time sparsity for PyTorch Lightning: exact masks, exact resume, one callback."""
 
 from sparsetrain.allocation import ERK, LAMP, Global, Uniform
-from sparsetrain.callbacks import ExactResume, FixedMasks, GradualMagnitudePruning, SparsityCallback, masks_of
+from sparsetrain.callbacks import (
+    ExactResume,
+    FixedMasks,
+    GradualMagnitudePruning,
+    IterativeMagnitudePruning,
+    LotteryTicketRewinding,
+    SparsityCallback,
+    masks_of,
+)
 from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
 from sparsetrain.masks import Masks, Pruning, load_masks, prune, save_masks
 from sparsetrain.patterns import Unstructured
+from sparsetrain.retrain import LastLR, ReplayLR
 from sparsetrain.schedules import Constant, Cubic, Linear, OneShot
 from sparsetrain.selection import Selection, first_and_last
+from sparsetrain.tickets import Ticket
 
 __version__ = "0.1.0"
 
@@ -19,16 +29,21 @@ __all__ = [
     "FixedMasks",
     "Global",
     "GradualMagnitudePruning",
+    "IterativeMagnitudePruning",
+    "LastLR",
     "Linear",
+    "LotteryTicketRewinding",
     "Magnitude",
     "Masks",
     "Movement",
     "OneShot",
     "Pruning",
     "Random",
+    "ReplayLR",
     "Saliency",
     "Selection",
     "SparsityCallback",
+    "Ticket",
     "Uniform",
     "Unstructured",
     "first_and_last",

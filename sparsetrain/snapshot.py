@@ -56,6 +56,11 @@ class Snapshot:
         for name, tensor in state.items():
             tensor.copy_(self.tensors[name])
 
+    def cast_like(self, module: nn.Module) -> Self:
+        """The same with each tensor in the type that it has in `module`, which may train in another precision."""
+        types = {name: tensor.dtype for name, tensor in _state(module)}
+        return type(self)({name: tensor.to(types.get(name, tensor.dtype)) for name, tensor in self.tensors.items()})
+
     @cached_property
     def digest(self) -> str:
         """SHA-256, in hex, of all names, types, shapes and bytes; the order of names and the strides do not matter."""
@@ -68,12 +73,7 @@ class Snapshot:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file with the digest in its metadata; at `path` is the old file or the whole new one."""
-        path = Path(path)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-            unfinished = Path(folder) / path.name
-            tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-            save_file(tensors, unfinished, {"digest": self.digest})
-            unfinished.replace(path)
+        write_tensors(path, self.tensors, {"digest": self.digest})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -95,6 +95,15 @@ class Snapshot:
                 f"{path} is damaged: its tensors have digest {snapshot.digest}, {metadata['digest']} was written."
             )
         return snapshot
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file; at `path` is the old file or the whole new one."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        unfinished = Path(folder) / path.name
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+        unfinished.replace(path)
 
 
 def _state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -14,9 +14,9 @@ ROOT = Path(sparsetrain.__file__).parent
 # The first part of a module's name below `sparsetrain` decides its layer.
 LAYERS = {
     **dict.fromkeys(
-        ("steps", "schedules", "selection", "criteria", "allocation", "patterns", "rounds", "topk", "rng"), 0
+        ("steps", "schedules", "selection", "criteria", "allocation", "patterns", "rounds", "retrain", "topk", "rng"), 0
     ),
-    **dict.fromkeys(("masks", "stats", "snapshot"), 1),
+    **dict.fromkeys(("masks", "stats", "snapshot", "tickets"), 1),
     **dict.fromkeys(("ops", "report", "soups", "export"), 2),
     **dict.fromkeys(("models", "data"), 3),
     "callbacks": 4,

@@ -3,6 +3,16 @@
 from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.fixed import FixedMasks, masks_of
 from sparsetrain.callbacks.gradual import GradualMagnitudePruning
+from sparsetrain.callbacks.iterative import IterativeMagnitudePruning
+from sparsetrain.callbacks.lottery import LotteryTicketRewinding
 from sparsetrain.callbacks.resume import ExactResume
 
-__all__ = ["ExactResume", "FixedMasks", "GradualMagnitudePruning", "SparsityCallback", "masks_of"]
+__all__ = [
+    "ExactResume",
+    "FixedMasks",
+    "GradualMagnitudePruning",
+    "IterativeMagnitudePruning",
+    "LotteryTicketRewinding",
+    "SparsityCallback",
+    "masks_of",
+]

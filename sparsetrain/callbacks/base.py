@@ -200,10 +200,7 @@ class SparsityCallback(L.Callback, ABC):
     ) -> None:
         if self.at_target and self._held_back is not None:
             self._held_back.release()
-        facts = {
-            "sparsity/target": self.history[-1].target if self.history else self.masks.sparsity(),
-            "sparsity/at_target": float(self.at_target),
-        }
+        facts = self.facts()
         actual = {"sparsity/actual": self.masks.sparsity()}
         # Lightning repeats what was logged till the epoch ends; a call of `log` costs more than masking a small model.
         logged = {"epoch": trainer.current_epoch, **facts, **actual}
@@ -211,6 +208,13 @@ class SparsityCallback(L.Callback, ABC):
             self._logged = logged
             pl_module.log_dict(actual, prog_bar=True)
             pl_module.log_dict(facts)
+
+    def facts(self) -> dict[str, float]:
+        """What is logged beside the sparsity, whenever it changes."""
+        return {
+            "sparsity/target": self.history[-1].target if self.history else self.masks.sparsity(),
+            "sparsity/at_target": float(self.at_target),
+        }
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # "current_model_state": where Lightning's weight averaging puts the live weights.
@@ -284,6 +288,11 @@ class SparsityCallback(L.Callback, ABC):
         if self.regrow:
             self._follower.refresh_state()  # for what comes back
         self.history.append(self.masks.update(target, regrow=self.regrow, step=self.step))
+        self._masks_changed(trainer)
+
+    def _masks_changed(self, trainer: L.Trainer) -> None:
+        """Let weights and optimizer state follow the masks, and compare these among ranks."""
+        assert self._follower is not None
         self._follower.refresh_state()
         self.masks.apply_()
         if trainer.world_size > 1:

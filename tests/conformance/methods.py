@@ -1,7 +1,9 @@
 """The table of methods: a method that has a row here is held to every claim of this folder."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +16,20 @@ from sparsetrain import (
     FixedMasks,
     Global,
     GradualMagnitudePruning,
+    IterativeMagnitudePruning,
+    LastLR,
+    LotteryTicketRewinding,
     Movement,
     OneShot,
     Pruning,
     Random,
     Saliency,
     SparsityCallback,
+    Ticket,
     Uniform,
     prune,
 )
+from sparsetrain.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -34,12 +41,14 @@ class Method:
         make: a new callback; takes `check`.
         sparsity: of the trained network, over the maskable weights.
         regrow: whether pruned weights may come back.
+        many_rounds: whether it refuses what mixes the weights of different rounds.
     """
 
     name: str
     make: Callable[..., SparsityCallback]
     sparsity: float
     regrow: bool = False
+    many_rounds: bool = False
 
 
 RAMP = Cubic(0.8, begin="0.1run", end="0.7run", every="2it")
@@ -56,6 +65,25 @@ def fixed(**settings: str) -> FixedMasks:
     return FixedMasks(dict(masks), **settings)
 
 
+def rounds(count: int, length: str, **choices: Any) -> Callable[..., SparsityCallback]:
+    return lambda **settings: IterativeMagnitudePruning(count, length, sparsity=0.8, **choices, **settings)
+
+
+def lottery(**settings: str) -> LotteryTicketRewinding:
+    return LotteryTicketRewinding(2, "1ep", rewind_to="0ep", sparsity=0.8, **settings)
+
+
+def ticket(**settings: str) -> LotteryTicketRewinding:
+    with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(12)
+        found = TinyModule()
+        Ticket(Snapshot.of(found), prune(found, 0.7), origin="").save(f"{folder}/ticket.safetensors")
+        # Four epochs, of which the first is skipped.
+        return LotteryTicketRewinding(
+            0, "4ep", rewind_to="1ep", ticket=f"{folder}/ticket.safetensors", control="random_mask", **settings
+        )
+
+
 METHODS = (
     Method("gradual", gradual(Pruning()), 0.8),
     Method("saliency_uniform", gradual(Pruning(criterion=Saliency(), allocation=Uniform())), 0.8),
@@ -63,6 +91,18 @@ METHODS = (
     Method("one_shot_lamp", gradual(Pruning(allocation=LAMP()), OneShot(0.9, at="0.4run")), 0.9),
     Method("random_floor", gradual(Pruning(criterion=Random(5), allocation=Global(floor=8))), 0.8),
     Method("fixed", fixed, 0.7),
+    Method("rounds", rounds(2, "1ep"), 0.8, many_rounds=True),
+    Method(
+        "rounds_from_a_snapshot",
+        rounds(1, "2ep", weights="rewind", rewind_to="1ep", optimizer_state="snapshot"),
+        0.8,
+        many_rounds=True,
+    ),
+    Method("rounds_fine_tuned", rounds(2, "1ep", retrain=LastLR()), 0.8, many_rounds=True),
+    Method("lottery", lottery, 0.8, many_rounds=True),
+    Method("ticket", ticket, 0.7, many_rounds=True),
 )
+
+MANY_ROUNDS = tuple(method for method in METHODS if method.many_rounds)
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

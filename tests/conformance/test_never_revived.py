@@ -256,7 +256,7 @@ def test_a_step_that_a_gradient_scaler_skips_is_not_counted_and_its_update_is_ma
 
 
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA says that it does what it is for
-@every_method
+@pytest.mark.parametrize("method", [m for m in METHODS if not m.many_rounds], ids=lambda method: method.name)
 @pytest.mark.parametrize("first", [True, False], ids=["averaging_first", "averaging_last"])
 @pytest.mark.parametrize(
     "averaging",

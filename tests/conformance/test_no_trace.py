@@ -24,10 +24,10 @@ def hooks(module: nn.Module, trainer: L.Trainer) -> list[Any]:
 
 
 class Broken(TinyModule):
-    """Raises at the batch after the first pruning."""
+    """Raises at a batch after the first pruning."""
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        if self.trainer.fit_loop.total_batch_idx == 8:
+        if self.trainer.fit_loop.total_batch_idx == 12:
             raise RuntimeError("out of luck")
         return super().training_step(batch, batch_idx)
 

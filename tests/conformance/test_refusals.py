@@ -7,8 +7,19 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conformance.harness import PlainModule, SaveEverywhere, TinyModule, fit, loaders, make_trainer, seed_all
-from conformance.methods import every_method
+from conformance.harness import (
+    STEPS,
+    PlainModule,
+    SaveEverywhere,
+    TinyModule,
+    assert_same,
+    fit,
+    loaders,
+    make_trainer,
+    seed_all,
+)
+from conformance.methods import MANY_ROUNDS, every_method
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
@@ -43,8 +54,39 @@ class Renamed(PlainModule):
 def test_a_dense_checkpoint_is_no_checkpoint_to_resume_from(tmp_path, method):
     saver = SaveEverywhere(tmp_path)
     fit(saver)
-    with pytest.raises(ValueError, match=r"holds no state of (Grad|Fixed).*ExactResume.*module.load_state_dict"):
+    with pytest.raises(
+        ValueError, match=rf"holds no state of {type(method.make()).__name__}.*ExactResume.*module.load_state_dict"
+    ):
         fit(method.make(), ckpt_path=saver.saved[0].path)
+
+
+@pytest.mark.parametrize("method", MANY_ROUNDS, ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: EMAWeightAveraging(decay=0.7),
+        lambda: StochasticWeightAveraging(swa_lrs=0.05),
+        lambda: EarlyStopping("val/loss"),
+    ],
+    ids=["ema", "swa", "early_stopping"],
+)
+def test_what_ends_a_run_or_mixes_weights_across_rounds_is_refused(method, callback):
+    name = type(method.make()).__name__
+    with pytest.raises(ValueError, match=rf"does not go with {name}: .* Remove it"):
+        fit(callback(), method.make())
+
+
+@pytest.mark.parametrize("method", MANY_ROUNDS, ids=lambda method: method.name)
+def test_a_trainer_of_another_length_is_told_the_right_one(method):
+    with pytest.raises(ValueError, match=r"are 3 epochs; this Trainer has max_epochs=4 .*Use Trainer\(max_epochs=3\)"):
+        fit(method.make(), max_epochs=4)
+
+
+@pytest.mark.parametrize("method", MANY_ROUNDS, ids=lambda method: method.name)
+def test_a_trainer_without_a_length_takes_that_of_the_rounds_and_gets_its_own_back(method):
+    run = fit(method.make(), max_epochs=-1)
+    assert (run.callback.step, run.trainer.max_epochs) == (STEPS, -1)
+    assert_same(run.outcome(), fit(method.make()).outcome())
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # Lightning's own hint, before the refusal

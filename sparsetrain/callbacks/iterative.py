@@ -1,0 +1,457 @@
+"""Iterative magnitude pruning: many rounds of pruning and retraining in one fit."""
+
+import copy
+import random
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.masks import Pruning
+from sparsetrain.retrain import DenseRates, ReplayLR, Retrain
+from sparsetrain.rng import derive_seed
+from sparsetrain.rounds import Rounds, sparsities, whole_lengths
+from sparsetrain.snapshot import Snapshot
+
+
+class IterativeMagnitudePruning(SparsityCallback):
+    """Train dense, then prune and train again, round by round, within one `Trainer.fit`.
+
+    A round begins at its first batch: the smallest weights of the network as trained so far are pruned, and weights,
+    learning rate and optimizer state are set back as chosen. So validation and checkpoints always see a trained
+    network. Lengths are whole epochs, or whole steps in a Trainer that counts steps; the Trainer has to be
+    `dense_length + rounds * (round_length - rewind_to)` long, or has `max_epochs=-1` and takes this length. While the
+    module configures its optimizers it sees the length of its schedule alone: that of the dense phase or, without one,
+    of a round. In epochs, the order and augmentation of data (of loaders that have `reseed`) and the random
+    numbers of each round are functions of the run's seed and the round.
+
+    ======================================  ==========  ==========  ===============
+    the literature's name                   `weights`   `retrain`   `optimizer_state`
+    ======================================  ==========  ==========  ===============
+    learning-rate rewinding (Renda et al.)  "keep"      ReplayLR()  "keep"
+    weight rewinding (Renda et al.)         "rewind"    ReplayLR()  "snapshot"
+    weight rewinding (open_lth)             "rewind"    ReplayLR()  "reset"
+    fine-tuning                             "keep"      LastLR()    "keep"
+    ======================================  ==========  ==========  ===============
+
+    With `sparsity=0.0` nothing is pruned: the dense control of the same steps and learning rates.
+
+    Args:
+        rounds: prunings, at least 1.
+        round_length: of a round that begins at the start of the schedule, such as "40ep".
+        sparsity: after the last round, in [0, 1).
+        per_round: instead of it, the share of the remaining weights that each round prunes, in [0, 1).
+        dense_length: of the dense phase; None takes `round_length`, "0it" starts from the module's weights as given.
+        weights: "keep" trains on with what the last round has made, "rewind" goes back to the weights and buffers of
+            step `rewind_to` of the dense phase.
+        rewind_to: the place of the schedule at which each round begins, below `round_length`.
+        retrain: the learning rate after pruning.
+        optimizer_state: "keep", "reset" to none, or "snapshot": that of step `rewind_to`.
+        pruning: what is pruned, scored and allocated how.
+        check: see `SparsityCallback`.
+
+    Attributes:
+        round: the round that has begun last; 0 in the dense phase.
+        rounds: the arithmetic, in optimizer steps, once training has started.
+
+    Raises:
+        ValueError: arguments out of range or that do not go together; at the start of the fit, a Trainer of another
+            length, or callbacks that mix weights of different rounds.
+
+    Source: Han et al. 2015, arXiv:1506.02626; Frankle & Carbin 2019, arXiv:1803.03635; Renda et al. 2020,
+        arXiv:2003.02389.
+    Differs: what stays after round r is n - floor(s * n + 0.5) of n weights with s = 1 - (1 - p)**r, exactly; open_lth
+        rounds up what it prunes and drops ties, each time of what the round before left.
+    """
+
+    round: int
+    rounds: Rounds
+    _seed: int
+    _snapshot: Snapshot | None
+    _optimizers: list[dict[Any, Any]] | None
+    _schedules: dict[str, list[Any]] | None
+    _last_rates: list[list[float]]
+    _limits: tuple[int | None, int] | None
+    _resting: list[Any] | None
+    _rested: list[dict[str, Any]] | None
+
+    def __init__(
+        self,
+        rounds: int,
+        round_length: int | str,
+        *,
+        sparsity: float | None = None,
+        per_round: float | None = None,
+        dense_length: int | str | None = None,
+        weights: str = "keep",
+        rewind_to: int | str = "0it",
+        retrain: Retrain = ReplayLR(),
+        optimizer_state: str = "keep",
+        pruning: Pruning = Pruning(),
+        check: str = "cheap",
+    ) -> None:
+        dense_length = round_length if dense_length is None else dense_length
+        lengths, self._unit = whole_lengths(round_length=round_length, dense_length=dense_length, rewind_to=rewind_to)
+        self._lengths = Rounds(rounds, *lengths)
+        self.sparsities = (0.0, *sparsities(rounds, sparsity=sparsity, per_round=per_round))
+        _check_choice("weights", weights, ("keep", "rewind"))
+        _check_choice("optimizer_state", optimizer_state, ("keep", "reset", "snapshot"))
+        if not isinstance(retrain, Retrain):
+            raise ValueError(f"retrain={retrain!r} is no policy. Give ReplayLR() or LastLR().")
+        self.weights, self.retrain, self.optimizer_state = weights, retrain, optimizer_state
+        self._check_lengths()
+        if "grad" in pruning.criterion.needs:
+            raise ValueError(
+                f"{type(pruning.criterion).__name__} needs gradients, and there are none between two rounds. Use "
+                "Magnitude(), Movement() or Random(), or GradualMagnitudePruning."
+            )
+        super().__init__(pruning, check=check)
+
+    @property
+    def length(self) -> str:
+        """How long the Trainer has to be, such as "240ep"."""
+        return f"{self._lengths.total}{self._unit}"
+
+    def target(self, step: int) -> float | None:
+        return None  # masks change between steps
+
+    def final_step(self) -> int:
+        return self.rounds.start(self.rounds.count)
+
+    def ends_round(self, trainer: L.Trainer, batch_idx: int) -> bool:
+        """Whether batch `batch_idx` of the epoch, just trained, is the last one of a round."""
+        place = self._place(trainer, batch_idx + 1, epoch_ends=trainer.is_last_batch)
+        return place is not None and place == self.rounds.start(self.round + 1)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit":
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning at run time
+            if isinstance(callback, EarlyStopping | WeightAveraging | StochasticWeightAveraging):
+                raise ValueError(
+                    f"{type(callback).__name__} does not go with {type(self).__name__}: it would end the run or mix "
+                    "weights across rounds. Remove it; for a single phase use GradualMagnitudePruning."
+                )
+        self._limits = self._limits_of(trainer)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._set_length(trainer, self._lengths.schedule)  # what `configure_optimizers` sees
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._set_length(trainer, self._lengths.total)
+
+    def prepare(self, trainer: L.Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.rounds = Rounds(1, max(self.run.total_steps or 1, 1), 0)
+            rank_zero_info(f"fast_dev_run: pruning to {self.sparsities[-1]} at the first step.")
+        elif self.run.steps_per_epoch is None:
+            raise ValueError(
+                f"{type(self).__name__} has to know how many optimizer steps an epoch has. Use a loader with a length "
+                "and one accumulate_grad_batches for the whole run."
+            )
+        else:
+            self.rounds = self._lengths.in_steps(self.run.steps_per_epoch if self._unit == "ep" else 1)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        resumed = self._restored is not None
+        super().on_train_start(trainer, pl_module)
+        self._check_schedulers(trainer, pl_module)
+        if not resumed:
+            self._seed = trainer.strategy.broadcast(torch.initial_seed())
+        if self.round:
+            self._reseed_loaders(trainer, self.round)
+            self._rest_schedulers(trainer)
+        self._restore_resting(self._resting or [])
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        number = self.rounds.at(trainer.current_epoch * (self.run.steps_per_epoch or 0))
+        if number:
+            self._reseed_loaders(trainer, number)  # each epoch: the Trainer may have made new loaders
+        if number > self.round:
+            _seed_all(derive_seed(self._seed, "round", number, trainer.global_rank))  # before an iterator draws
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        place = self._place(trainer, batch_idx)
+        if place is None:
+            return
+        if self.round == 0:
+            self._prepare_rounds(trainer, pl_module, place)
+        if self.rounds.at(place) > self.round:
+            if batch_idx > 0:
+                _seed_all(derive_seed(self._seed, "round", self.round + 1, trainer.global_rank))
+            self._begin_round(trainer, pl_module)
+        if self._resting is not None:
+            self._set_rates(trainer, place - self.rounds.start(self.round))
+
+    def facts(self) -> dict[str, float]:
+        return {**super().facts(), "sparsity/round": float(self.round)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "round": self.round,
+            "seed": self._seed,
+            "snapshot": None if self._snapshot is None else dict(self._snapshot.tensors),
+            "optimizers": self._optimizers,
+            "schedules": self._schedules,
+            "last_rates": self._last_rates,
+            "resting": None if self._resting is None else [config.scheduler.state_dict() for config in self._resting],
+        }
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        self._restore_resting(trainer.lr_scheduler_configs)  # of a run that was resumed from its end
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().teardown(trainer, pl_module, stage)
+        self._release(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._release(trainer)
+
+    def change_masks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Prune the network that the last round has trained; `self.round` is the new one."""
+        self._update(trainer, self.sparsities[-1 if trainer.fast_dev_run else self.round])  # type: ignore[attr-defined]
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.round, self._seed = 0, 0
+        self.rounds = self._lengths
+        self._snapshot, self._optimizers, self._schedules = None, None, None
+        self._last_rates = []
+        self._limits, self._resting, self._rested = None, None, None
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        self.round, self._seed = state["round"], state["seed"]
+        self._snapshot = None if state["snapshot"] is None else Snapshot(state["snapshot"])
+        self._optimizers, self._schedules = state["optimizers"], state["schedules"]
+        self._last_rates = state["last_rates"]
+        self._rested = state["resting"]
+
+    def _check_lengths(self) -> None:
+        lengths = self._lengths
+        if self.weights == "rewind" and lengths.dense not in (0, lengths.length):
+            raise ValueError(
+                f"weights='rewind' trains each round as the dense phase was trained, but dense_length is "
+                f"{lengths.dense} and round_length {lengths.length}. Make them equal, or dense_length='0it'."
+            )
+        if isinstance(self.retrain, ReplayLR) and lengths.replay_from < 0:
+            raise ValueError(
+                f"ReplayLR() runs the last {lengths.trained} of the schedule's {lengths.schedule} again. Make "
+                "dense_length at least round_length - rewind_to, or '0it'."
+            )
+        if not isinstance(self.retrain, ReplayLR) and lengths.dense == 0:
+            raise ValueError(
+                f"{type(self.retrain).__name__}() goes on from the learning rate of a dense phase, and dense_length=0 "
+                "leaves none. Use ReplayLR() and give the module the learning rate of the rounds."
+            )
+
+    def _limits_of(self, trainer: L.Trainer) -> tuple[int | None, int]:
+        """The Trainer's max_epochs and max_steps.
+
+        Raises:
+            ValueError: they are not the length of the rounds.
+        """
+        epochs, steps = trainer.max_epochs, trainer.max_steps
+        total, unlimited = self._lengths.total, epochs in (-1, None) and steps == -1
+        fits = (epochs == total and steps == -1) if self._unit == "ep" else (steps == total and epochs in (-1, None))
+        if not (fits or unlimited or trainer.fast_dev_run):  # type: ignore[attr-defined]
+            argument = "max_epochs" if self._unit == "ep" else "max_steps"
+            rounds = self._lengths
+            raise ValueError(
+                f"A dense phase of {rounds.dense} and {rounds.count} rounds of {rounds.trained} are {total} "
+                f"{'epochs' if self._unit == 'ep' else 'steps'}; this Trainer has max_epochs={epochs} and "
+                f"max_steps={steps}. Use Trainer({argument}={total}), or max_epochs=-1 to have it set."
+            )
+        return epochs, steps
+
+    def _check_schedulers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not isinstance(self.retrain, ReplayLR) and not pl_module.automatic_optimization:
+            raise ValueError(
+                f"{type(self.retrain).__name__} sets the learning rate itself, and under manual optimization the "
+                "module does. Use ReplayLR(), or automatic optimization."
+            )
+        for config in trainer.lr_scheduler_configs:
+            if not isinstance(config.scheduler, LRScheduler):
+                raise ValueError(
+                    f"{type(config.scheduler).__name__} is no scheduler of torch.optim: what it did in the dense phase "
+                    "cannot be run again. Use one of torch.optim.lr_scheduler."
+                )
+            # Lightning counts epochs over the run, and steps within an epoch.
+            per_epoch = self.run.steps_per_epoch or 1
+            by_epoch = config.interval == "epoch" or config.frequency > 1
+            period = per_epoch * (config.frequency if config.interval == "epoch" else 1) if by_epoch else 1
+            if self.rounds.trained % period and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+                raise ValueError(
+                    f"{type(config.scheduler).__name__} steps every {config.frequency} {config.interval}(s), and a "
+                    f"round of {self.rounds.trained} steps does not end with one. Make rounds a multiple of {period} "
+                    "steps, or let it step at each step."
+                )
+
+    def _set_length(self, trainer: L.Trainer, length: int) -> None:
+        if self._unit == "ep":
+            trainer.fit_loop.max_epochs = length
+        else:
+            trainer.fit_loop.epoch_loop.max_steps = length
+
+    def _place(self, trainer: L.Trainer, batch_idx: int, *, epoch_ends: bool = False) -> int | None:
+        """Optimizer steps due before batch `batch_idx` of the epoch; None within an accumulation.
+
+        Counted from batches, not as made: a step that a gradient scaler skips has its place in the schedule.
+        """
+        steps, within = divmod(batch_idx, trainer.accumulate_grad_batches)
+        if within and not epoch_ends:
+            return None
+        return trainer.current_epoch * (self.run.steps_per_epoch or 0) + steps + bool(within)
+
+    def _prepare_rounds(self, trainer: L.Trainer, pl_module: L.LightningModule, place: int) -> None:
+        """Take from the dense phase what the rounds need of it."""
+        first, dense = max(self.rounds.replay_from, 0), self.rounds.dense
+        if place == (first if dense else 0):
+            if not dense:
+                _fast_forward(trainer, first, self.run.steps_per_epoch or 1)
+            self._remember(trainer, pl_module)
+        if place < dense or not self._last_rates:
+            self._last_rates = [[float(group["lr"]) for group in o.param_groups] for o in trainer.optimizers]
+
+    def _remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep what the rounds will go back to."""
+        if self.weights == "rewind":
+            # Batch norm's statistics differ among ranks, and a checkpoint holds those of the first.
+            snapshot = Snapshot.of(pl_module)
+            self._snapshot = trainer.strategy.broadcast(snapshot) if trainer.world_size > 1 else snapshot
+        if self.optimizer_state == "snapshot":
+            self._optimizers = [_to_cpu(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers]
+        if isinstance(self.retrain, ReplayLR):
+            self._schedules = {
+                "groups": [[_settings(group) for group in o.param_groups] for o in trainer.optimizers],
+                "schedulers": [copy.deepcopy(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs],
+            }
+
+    def _begin_round(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.round += 1
+        self.change_masks(trainer, pl_module)
+        if self._snapshot is not None:
+            self._snapshot.restore_(pl_module)
+            self.masks.apply_()
+        self._set_optimizers_back(trainer.optimizers)
+        if self._schedules is not None:
+            for optimizer, groups in zip(trainer.optimizers, self._schedules["groups"], strict=True):
+                for group, settings in zip(optimizer.param_groups, groups, strict=True):
+                    _set_back(group, settings)
+            for config, state in zip(trainer.lr_scheduler_configs, self._schedules["schedulers"], strict=True):
+                config.scheduler.load_state_dict(copy.deepcopy(state))
+        self._rest_schedulers(trainer)
+        rank_zero_info(f"Round {self.round} of {self.rounds.count}: sparsity {self.masks.sparsity():.4%}.")
+
+    def _set_optimizers_back(self, optimizers: list[Optimizer]) -> None:
+        assert self._follower is not None
+        if self.optimizer_state == "keep":
+            return
+        for index, optimizer in enumerate(optimizers):
+            optimizer.state.clear()
+            if self._optimizers is not None:
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": copy.deepcopy(self._optimizers[index]), "param_groups": groups})
+        self._follower.refresh_state()
+
+    def _rest_schedulers(self, trainer: L.Trainer) -> None:
+        """Let the module's schedulers rest, if the policy sets the learning rate."""
+        if not isinstance(self.retrain, ReplayLR) and self._resting is None:
+            self._resting = trainer.lr_scheduler_configs
+            trainer.strategy.lr_scheduler_configs = []
+
+    def _restore_resting(self, configs: Sequence[Any]) -> None:
+        for config, state in zip(configs, self._rested or [], strict=False):
+            config.scheduler.load_state_dict(state)
+        self._rested = None
+
+    def _set_rates(self, trainer: L.Trainer, step: int) -> None:
+        for optimizer, rates in zip(trainer.optimizers, self._last_rates, strict=True):
+            for group, last in zip(optimizer.param_groups, rates, strict=True):
+                _set_back(group, {"lr": self.retrain.rate(DenseRates(last), step, self.rounds.trained)})
+
+    def _reseed_loaders(self, trainer: L.Trainer, number: int) -> None:
+        """Give the loaders the order and augmentation of round `number`, whose first epoch is that of the schedule."""
+        if self._unit != "ep" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # counted in steps, a round may begin within an epoch
+        per_epoch = self.run.steps_per_epoch or 1
+        epoch0 = (self.rounds.start(number) - max(self.rounds.replay_from, 0)) // per_epoch
+        for loader in _loaders(trainer):
+            if hasattr(loader, "reseed"):
+                loader.reseed(derive_seed(self._seed, "round", number), epoch0)
+
+    def _release(self, trainer: L.Trainer) -> None:
+        """Give the Trainer its length and its schedulers back."""
+        if self._limits is not None:
+            trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = self._limits
+            self._limits = None
+        if self._resting is not None:
+            trainer.strategy.lr_scheduler_configs = self._resting
+            self._resting = None
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown. Choose {', '.join(map(repr, choices))}.")
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's numbers: learning rate, momentum, what schedulers have written there."""
+    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
+
+
+def _set_back(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        if isinstance(group.get(key), Tensor):
+            group[key].fill_(value)  # a compiled or captured step reads this tensor
+        else:
+            group[key] = copy.deepcopy(value)
+
+
+def _fast_forward(trainer: L.Trainer, place: int, steps_per_epoch: int) -> None:
+    """Bring the schedulers to `place` of their schedule, as if so many steps had been made."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step", UserWarning)
+        for config in trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if not isinstance(scheduler, ReduceLROnPlateau):
+                for _ in range(place // (steps_per_epoch if config.interval == "epoch" else 1) // config.frequency):
+                    scheduler.step()
+
+
+def _to_cpu(state: Any) -> Any:
+    """A copy, with every tensor on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, Mapping):
+        return {key: _to_cpu(value) for key, value in state.items()}
+    return copy.deepcopy(state)
+
+
+def _loaders(trainer: L.Trainer) -> Iterator[Any]:
+    loaders = trainer.train_dataloader
+    if loaders is not None:
+        yield from CombinedLoader(loaders, "min_size").flattened
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

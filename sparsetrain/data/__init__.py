@@ -1,10 +1,11 @@
-"""Image sets that live whole on the device, and the loader that batches them exactly resumably."""
+"""Image sets, whole on the device or decoded file by file, and the loaders that batch them exactly resumably."""
 
 from sparsetrain.data.augment import Augmentation, Flip, Shift
 from sparsetrain.data.cifar import CIFAR10, CIFAR100
 from sparsetrain.data.digits import Digits
+from sparsetrain.data.folder import FileLoader, ImageFolder
 from sparsetrain.data.in_memory import InMemoryDataModule, Samples
-from sparsetrain.data.loader import InMemoryLoader
+from sparsetrain.data.loader import InMemoryLoader, ResumableLoader
 from sparsetrain.data.mnist import MNIST, FashionMNIST
 from sparsetrain.data.synthetic import Synthetic
 
@@ -15,9 +16,12 @@ __all__ = [
     "Augmentation",
     "Digits",
     "FashionMNIST",
+    "FileLoader",
     "Flip",
+    "ImageFolder",
     "InMemoryDataModule",
     "InMemoryLoader",
+    "ResumableLoader",
     "Samples",
     "Shift",
     "Synthetic",

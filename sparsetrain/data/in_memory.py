@@ -1,15 +1,15 @@
-"""The data module of image sets that fit on a device whole: train, val and test of one fixed split."""
+"""The data module of image sets that fit on a device whole."""
 
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
-import lightning as L
 import torch
 from torch import Tensor
 
 from sparsetrain.data.augment import Augmentation
 from sparsetrain.data.loader import InMemoryLoader
+from sparsetrain.data.module import Place, SplitDataModule, Splits
 from sparsetrain.data.split import split_digest, stratified_split
 
 
@@ -24,38 +24,17 @@ class Samples(NamedTuple):
         return Samples(self.images[index], self.labels[index])
 
 
-class Splits(NamedTuple):
-    """What a data module trains, chooses and reports on, and the digest of that choice of samples."""
+class InMemoryDataModule(SplitDataModule[Samples]):
+    """Base of the small image sets, whose loaders put their images on the Trainer's device; see `InMemoryLoader`.
 
-    train: Samples
-    val: Samples
-    test: Samples
-    digest: str
-
-
-class InMemoryDataModule(L.LightningDataModule):
-    """Base of the small image sets.
-
-    A subclass gives `num_classes`, `input_shape` and `read`, and where it downloads, `prepare_data`. val is held out of
-    the training images by a fixed stratified split that no seed changes. Loaders put their images on the Trainer's
-    device (the CPU without a Trainer) and share them among its ranks; see `InMemoryLoader`.
+    A subclass gives `num_classes`, `input_shape` and `read`, and where it downloads, `prepare_data`.
 
     Args:
-        batch_size: training samples in a batch on each rank, at least 1.
-        eval_batch_size: the same for val and test; None takes `batch_size`.
-        val_size: training images held out for val. With 0 all are trained on and there is no val loader (Lightning
-            warns of it unless `limit_val_batches=0`): nothing may then be chosen by a validation metric.
+        batch_size: see `SplitDataModule`, as for the other arguments.
         augment: changes of the raw training batch, in turn; val and test stay as they are.
-        drop_last: leave the last, smaller training batch out.
-        seed: of the order and augmentation of training batches.
-
-    Raises:
-        ValueError: a batch size below 1 or a negative `val_size`.
     """
 
     num_classes: int
-    input_shape: tuple[int, int, int]
-    """(channels, height, width) of an image."""
 
     pixel_mean: tuple[float, ...] | None = None
     pixel_std: tuple[float, ...] | None = None
@@ -71,83 +50,28 @@ class InMemoryDataModule(L.LightningDataModule):
         drop_last: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("eval_batch_size", batch_size if eval_batch_size is None else eval_batch_size, 1),
-            ("val_size", val_size, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}.")
-        self.batch_size = batch_size
-        self.eval_batch_size = batch_size if eval_batch_size is None else eval_batch_size
-        self.val_size = val_size
+        super().__init__(
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            val_size=val_size,
+            drop_last=drop_last,
+            seed=seed,
+        )
         self.augment = tuple(augment)
-        self.drop_last = drop_last
-        self.seed = seed
 
     def read(self) -> tuple[Samples, Samples]:
         """(training and validation images together, test images), on the CPU."""
         raise NotImplementedError(f"{type(self).__name__} must say how its images are read.")
 
-    @cached_property
-    def splits(self) -> Splits:
-        """The samples of each split, read once."""
+    def split(self) -> Splits[Samples]:
         samples, test = self.read()
         train, val = stratified_split(samples.labels, self.val_size)
         digest = split_digest(train, samples.labels[train], val, samples.labels[val], test.labels)
         return Splits(samples.take(train), samples.take(val), test, digest)
 
-    @property
-    def split_hash(self) -> str:
-        """16 hexadecimal digits over the indices and labels of the split (reads the data unless `setup` has)."""
-        return self.splits.digest
-
-    @cached_property
-    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        if self.pixel_mean is not None and self.pixel_std is not None:
-            return self.pixel_mean, self.pixel_std
-        return channel_statistics(self.splits.train.images)
-
-    def setup(self, stage: str) -> None:
-        """Read and split the data, or raise what is wrong with its files."""
-        _ = self.splits
-
-    def train_dataloader(self) -> InMemoryLoader:
-        """Shuffled and augmented batches (in a fixed order under the Trainer's `overfit_batches`)."""
-        # Lightning can stop the shuffling of DataLoaders only.
-        overfit = getattr(self.trainer, "overfit_batches", 0) > 0
-        return self._loader(
-            self.splits.train,
-            batch_size=self.batch_size,
-            augment=self.augment,
-            shuffle=not overfit,
-            drop_last=self.drop_last,
-        )
-
-    def val_dataloader(self) -> InMemoryLoader | list[InMemoryLoader]:
-        """Every validation sample once, or no loader if `val_size` is 0."""
-        return self._loader(self.splits.val, batch_size=self.eval_batch_size) if self.val_size else []
-
-    def test_dataloader(self) -> InMemoryLoader:
-        """Every test sample once."""
-        return self._loader(self.splits.test, batch_size=self.eval_batch_size)
-
-    def _loader(
-        self,
-        samples: Samples,
-        *,
-        batch_size: int,
-        augment: Sequence[Augmentation] = (),
-        shuffle: bool = False,
-        drop_last: bool = False,
+    def loader(
+        self, samples: Samples, place: Place, *, batch_size: int, train: bool, shuffle: bool, drop_last: bool
     ) -> InMemoryLoader:
-        device, rank, world_size = torch.device("cpu"), 0, 1
-        if self.trainer is not None:
-            device = self.trainer.strategy.root_device
-            # Not global_rank: ranks that share one model (tensor parallel) are one replica and must see the same data.
-            if replica := self.trainer.distributed_sampler_kwargs:
-                rank, world_size = replica["rank"], replica["num_replicas"]
         mean, std = self._statistics
         return InMemoryLoader(
             samples.images,
@@ -155,14 +79,20 @@ class InMemoryDataModule(L.LightningDataModule):
             batch_size=batch_size,
             mean=mean,
             std=std,
-            augment=augment,
+            augment=self.augment if train else (),
             shuffle=shuffle,
             drop_last=drop_last,
             seed=self.seed,
-            rank=rank,
-            world_size=world_size,
-            device=device,
+            rank=place.rank,
+            world_size=place.world_size,
+            device=place.device,
         )
+
+    @cached_property
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        if self.pixel_mean is not None and self.pixel_std is not None:
+            return self.pixel_mean, self.pixel_std
+        return channel_statistics(self.splits.train.images)
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,5 +1,6 @@
-"""Batches of a data set that lives whole on a device: normalised and augmented there, and exactly resumable."""
+"""Exactly resumable batches: the contract of our loaders, and the loader of a set that lives whole on a device."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -20,13 +21,14 @@ class EpochSampler:
         self.epoch = epoch
 
 
-class InMemoryLoader:
+class ResumableLoader(ABC):
     """Batches (images float32 [B, C, H, W], labels int64 [B]), each a fixed function of its place in the run.
 
-    The order of an epoch is f(seed, epoch), the augmentation of a batch f(seed, epoch, batch index, rank): a batch is
-    the same whether the run came to it from the start or from a checkpoint, and the global generators are left alone.
-    `state_dict()` is {"epoch", "batch"}: the epoch of the last batch handed out and how many it had handed out then,
-    modulo `len(self)`. With a length, Lightning fetches no batch ahead, so these are the batches trained on.
+    The order of an epoch is f(seed, epoch), and augmentation depends on the seed and the place of a batch or sample
+    alone: a batch is the same whether the run came to it from the start or from a checkpoint, and the global generators
+    are left alone. `state_dict()` is {"epoch", "batch"}: the epoch of the last batch handed out and how many it had
+    handed out then, modulo `len(self)`. With a length, Lightning fetches no batch ahead, so these are the batches
+    trained on.
 
     An iteration reads the epoch, the seed and the place to start at its first `next()`, not at `iter()`: Lightning
     calls `iter()` before it sets the epoch, and before it loads our state where `configure_optimizers` asks for
@@ -40,33 +42,31 @@ class InMemoryLoader:
     their number equal.
 
     Args:
-        images: uint8 [N, C, H, W], N >= 1, raw pixels. Moved to `device` once.
-        labels: int64 [N]. Moved with them.
+        samples: in the data, at least 1.
+        channels: of an image.
         batch_size: samples in a batch on each rank, at least 1.
-        mean, std: per channel [C], in the unit of the raw pixels; a batch is (augmented - mean) / std.
-        augment: applied in turn to the raw batch.
-        shuffle: a new order each epoch; else the order of `images`.
+        mean, std: per channel [C], in the unit of the raw pixels; a batch is (raw - mean) / std.
+        shuffle: a new order each epoch; else that of the data.
         drop_last: leave out the last, smaller batch, and samples that do not divide among the ranks.
         seed: of order and augmentation.
         rank, world_size: which share of the data is ours.
-        device: where the data lives and batches are made.
+        device: where batches are handed out.
 
     Raises:
-        ValueError: wrong shapes or dtypes, a batch size below 1, a rank outside its world, a std that is not positive,
-            or data too few for one batch on every rank.
+        ValueError: a batch size below 1, a rank outside its world, a std that is not positive, or data too few for one
+            batch on every rank.
     """
 
     batch_sampler = None  # Lightning looks for samplers here too
 
     def __init__(
         self,
-        images: Tensor,
-        labels: Tensor,
+        samples: int,
+        channels: int,
         *,
         batch_size: int,
         mean: Sequence[float],
         std: Sequence[float],
-        augment: Sequence[Augmentation] = (),
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
@@ -74,25 +74,34 @@ class InMemoryLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        _check_samples(images, labels)
-        if not len(mean) == len(std) == images.shape[1] or min(std) <= 0:
+        if not len(mean) == len(std) == channels or min(std) <= 0:
             raise ValueError(
                 f"mean {tuple(mean)} and std {tuple(std)} must each give one number for each of the "
-                f"{images.shape[1]} channels, and every std must be above 0."
+                f"{channels} channels, and every std must be above 0."
             )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is outside its world of {world_size}; it must be in [0, {world_size}).")
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.rank, self.world_size = rank, world_size
-        self.augment = tuple(augment)
-        self._batches = self._count_batches(len(images))
-        self.images, self.labels = images.to(device), labels.to(device)
+        self.device = torch.device(device)
+        self._samples, self._batches = samples, self._count_batches(samples)
         self._mean, self._std = (
             torch.tensor(list(row), dtype=torch.float32, device=device).view(-1, 1, 1) for row in (mean, std)
         )
         self.sampler = EpochSampler()
         self._epoch, self._batch, self._resuming = 0, 0, False
         self.reseed(seed)
+
+    @abstractmethod
+    def raw_batches(self, share: Tensor, start: int, *, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches number `start` and after of an epoch, in raw pixels: uint8 [B, C, H, W] and int64 [B], on `device`.
+
+        Args:
+            share: int64 [M], the samples of the whole epoch on this rank; `self.part(share, b)` are those of batch b.
+            start: in [0, len(self)).
+            seed: of the augmentation, which may depend on the epoch, batch, sample and rank beside it.
+            epoch: counted from `epoch0`.
+        """
 
     def reseed(self, seed: int, epoch0: int = 0) -> None:
         """Give epoch e, from the next iteration on, the order and augmentation that `seed` gives epoch e - epoch0.
@@ -130,20 +139,19 @@ class InMemoryLoader:
         seed, local_epoch = self.seed, epoch - self.epoch0
         start = self._batch if self._resuming and self._epoch == epoch else 0
         self._resuming = False
-        share = self._share(seed, local_epoch).to(self.images.device)
-        for index in range(start, len(self)):
-            chosen = share[self._first(index, len(share)) : self._first(index + 1, len(share))]
-            images = self.images[chosen]
-            if self.augment:
-                stream = generator(seed, "augment", local_epoch, index, self.rank)
-                for change in self.augment:
-                    images = change(images, stream)
+        made = self.raw_batches(self._share(seed, local_epoch), start, seed=seed, epoch=local_epoch)
+        for index, (images, labels) in enumerate(made, start):
             self._epoch, self._batch = epoch, (index + 1) % len(self)
-            yield images.to(torch.float32).sub_(self._mean).div_(self._std), self.labels[chosen]
+            yield images.to(torch.float32).sub_(self._mean).div_(self._std), labels
+
+    def part(self, share: Tensor, batch: int) -> Tensor:
+        """The samples of `batch` in a rank's share [M], so that each batch after it has at least one."""
+        first, end = (min(b * self.batch_size, len(share) - (self._batches - b)) for b in (batch, batch + 1))
+        return share[first:end]
 
     def _share(self, seed: int, epoch: int) -> Tensor:
         """Indices int64 of this rank's samples in the order of the epoch."""
-        count = len(self.images)
+        count = self._samples
         order = (
             torch.randperm(count, generator=generator(seed, "order", epoch)) if self.shuffle else torch.arange(count)
         )
@@ -152,10 +160,6 @@ class InMemoryLoader:
         elif self.shuffle:
             order = order[torch.arange(-(-count // self.world_size) * self.world_size) % count]
         return order[self.rank :: self.world_size]
-
-    def _first(self, batch: int, share: int) -> int:
-        """Where `batch` begins in a share of that many samples, so that each batch after it has at least one."""
-        return min(batch * self.batch_size, share - (self._batches - batch))
 
     def _count_batches(self, samples: int) -> int:
         if self.batch_size < 1:
@@ -172,6 +176,65 @@ class InMemoryLoader:
                 + ("a smaller batch_size or drop_last=False." if batches < 1 else "or a batch_size of at least 2.")
             )
         return batches
+
+
+class InMemoryLoader(ResumableLoader):
+    """Batches of images that live whole on a device; the augmentation of a batch is f(seed, epoch, its index, rank).
+
+    Args:
+        images: uint8 [N, C, H, W], N >= 1, raw pixels. Moved to `device` once.
+        labels: int64 [N]. Moved with them.
+        batch_size: see `ResumableLoader`, as for the other arguments.
+        augment: applied in turn to the raw batch.
+        device: where the data lives and batches are made.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, or what `ResumableLoader` refuses.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        augment: Sequence[Augmentation] = (),
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        _check_samples(images, labels)
+        super().__init__(
+            len(images),
+            images.shape[1],
+            batch_size=batch_size,
+            mean=mean,
+            std=std,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
+        self.images, self.labels = images.to(device), labels.to(device)
+        self.augment = tuple(augment)
+
+    def raw_batches(self, share: Tensor, start: int, *, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        share = share.to(self.device)
+        for index in range(start, len(self)):
+            chosen = self.part(share, index)
+            images = self.images[chosen]
+            if self.augment:
+                stream = generator(seed, "augment", epoch, index, self.rank)
+                for change in self.augment:
+                    images = change(images, stream)
+            yield images, self.labels[chosen]
 
 
 def _check_samples(images: Tensor, labels: Tensor) -> None:

@@ -39,6 +39,7 @@ OPTIONAL = {
     "torchvision": ({"models", "data"}, "top"),
     "torchdata": ({"data"}, "top"),
     "sklearn": ({"data"}, "function"),
+    "scipy": ({"report"}, "function"),
 }
 
 

@@ -1,16 +1,27 @@
-"""Measured facts about a sparse network: counts, FLOPs and bytes, as values, tables, CSV and one picture."""
+"""Measured facts about sparse networks: counts, FLOPs, bytes and intervals, as values, tables, CSV and pictures."""
 
 from sparsetrain.report.measure import LayerReport, Report, measure
-from sparsetrain.report.plots import draw_sparsity
+from sparsetrain.report.plots import draw_accuracy, draw_sparsity
+from sparsetrain.report.rounds import Round, overlap, rounds_table, training_flops, write_rounds_csv
+from sparsetrain.report.statistics import Interval, paired, t_interval
 from sparsetrain.report.tables import markdown_table, plan_table, report_table, write_sparsity_csv
 
 __all__ = [
+    "Interval",
     "LayerReport",
     "Report",
+    "Round",
+    "draw_accuracy",
     "draw_sparsity",
     "markdown_table",
     "measure",
+    "overlap",
+    "paired",
     "plan_table",
     "report_table",
+    "rounds_table",
+    "t_interval",
+    "training_flops",
+    "write_rounds_csv",
     "write_sparsity_csv",
 ]

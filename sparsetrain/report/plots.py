@@ -1,13 +1,29 @@
-"""One picture of a sparse run."""
+"""Pictures: what a run made sparse, and how much accuracy is left at which sparsity."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from sparsetrain.masks import Update
+from sparsetrain.report.statistics import t_interval
+from sparsetrain.schedules import check_sparsity
 from sparsetrain.selection import PlanRow
 
+Points = Sequence[tuple[float, Sequence[float]]]  # (sparsity, accuracies over seeds)
+
 _TARGET, _ACTUAL, _BAR = "#444444", "#c8442d", "#3b6ea5"
+_COLORS = (_BAR, _ACTUAL, "#3f8f5a", "#8a5aa8", "#d08a1d", "#2fa3b5", "#b0588c", "#7d6a2f")
+_MARKERS = "osD^vPXp"
+_MANTISSAS = (  # of the ticks, from many to few
+    tuple(half / 2 for half in range(2, 20)),
+    (1, 2, 3, 4, 5, 6, 7, 8, 9),
+    (1, 1.5, 2, 3, 5, 7),
+    (1, 2, 3, 5),
+    (1, 2, 5),
+    (1, 3),
+    (1,),
+)
 
 
 def draw_sparsity(
@@ -79,6 +95,158 @@ def draw_sparsity(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+
+
+def draw_accuracy(
+    path: Path | str,
+    curves: Mapping[str, Points],
+    *,
+    dense: Sequence[float],
+    controls: Mapping[str, Points] | None = None,
+    ylabel: str = "test accuracy",
+) -> None:
+    """Draw accuracy against the share of kept weights: on a log scale, 100 % at the left, ever sparser to the right.
+
+    Each curve is the mean over seeds with the band of its 95 % interval, by `t_interval`; one seed gives the line
+    alone, one point a marker with an error bar. The vertical axis shows every accuracy, but not all of an interval that
+    reaches far beyond them: that of 2 seeds is 13 times as wide as they are apart.
+
+    Args:
+        path: the file; its suffix chooses the format (.png, .pdf, .svg). Its folder is made.
+        curves: label -> (sparsity in [0, 1), accuracies over seeds in [0, 1]) points, in any order; up to 8 labels,
+            controls included, have colours of their own.
+        dense: accuracies over seeds of the dense control of equal compute, a horizontal line; () leaves it out.
+        controls: further curves, dotted and with hollow markers: random masks, fresh weights.
+        ylabel: what the accuracies are.
+
+    Raises:
+        ValueError: no curve, a curve or point without values, an accuracy that is not finite or outside [0, 1], a
+            sparsity outside [0, 1).
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    controls = controls or {}
+    if not curves:
+        raise ValueError("There is no curve to draw. Give at least one label with its points.")
+    everything = [*curves.items(), *controls.items()]
+    for name, points in everything:
+        _check_points(name, points)
+    _check_accuracies("the dense control", dense)
+    groups = [accuracies for _, points in everything for _, accuracies in points] + ([dense] if dense else [])
+    alike = len(set(map(len, groups))) == 1
+
+    figure = Figure(figsize=(9.5, 5), layout="constrained")
+    axes = figure.subplots()
+    if dense:
+        mean, half = _mean_and_half(dense)
+        axes.axhspan(mean - half, mean + half, color=_TARGET, alpha=0.12, linewidth=0)
+        axes.axhline(
+            mean,
+            color=_TARGET,
+            linestyle="--",
+            linewidth=1.4,
+            label="dense control" if alike else f"dense control ({_seeds([dense])})",
+        )
+    for index, (name, points) in enumerate(everything):
+        points = sorted(points, key=lambda point: point[0])
+        density = [100 * (1 - sparsity) for sparsity, _ in points]
+        means, halves = zip(*(_mean_and_half(accuracies) for _, accuracies in points), strict=True)
+        color, control, alone = _COLORS[index % len(_COLORS)], index >= len(curves), len(points) == 1
+        axes.errorbar(
+            density,
+            means,
+            yerr=halves if alone and not math.isnan(halves[0]) else None,
+            color=color,
+            linestyle="none" if alone else ":" if control else "-",
+            linewidth=1.6,
+            marker=_MARKERS[index % len(_MARKERS)],
+            markersize=5,
+            markerfacecolor="white" if control else color,
+            capsize=3,
+            label=name if alike else f"{name} ({_seeds([accuracies for _, accuracies in points])})",
+        )
+        if not alone:
+            low, high = ([m + sign * half for m, half in zip(means, halves, strict=True)] for sign in (-1, 1))
+            axes.fill_between(density, low, high, color=color, alpha=0.13, linewidth=0)
+
+    sparsest = min(90.0, *(100 * (1 - sparsity) for _, points in everything for sparsity, _ in points))
+    margin = (100 / sparsest) ** 0.04
+    ticks = _density_ticks(sparsest / margin)
+    limits = (100 * margin, sparsest / margin)
+    axes.set(xscale="log", xlim=limits, xlabel="density: weights kept (log scale)", ylabel=ylabel)
+    axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    above = axes.secondary_xaxis("top")
+    above.set_xticks(ticks, [f"{100 - tick:.10g}%" for tick in ticks])
+    above.xaxis.set_minor_locator(NullLocator())
+    above.set_xlabel("sparsity")
+    axes.set_ylim(_accuracy_limits(groups))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(alpha=0.3, linewidth=0.6)
+    axes.spines["right"].set_visible(False)
+    title = "mean, 95 % interval" if max(map(len, groups)) > 1 else ""
+    title = ", ".join(filter(None, (title, _seeds(groups) if alike else "")))
+    figure.legend(loc="outside right upper", frameon=False, title=title, alignment="left")
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _check_points(name: str, points: Points) -> None:
+    if not points:
+        raise ValueError(f"The curve {name!r} has no point. Leave it out.")
+    for sparsity, accuracies in points:
+        check_sparsity(sparsity, f"sparsity of {name!r}")
+        if not accuracies:
+            raise ValueError(f"{name!r} has no accuracy at sparsity {sparsity:g}. Leave the point out.")
+        _check_accuracies(f"{name!r} at sparsity {sparsity:g}", accuracies)
+
+
+def _check_accuracies(name: str, accuracies: Sequence[float]) -> None:
+    for accuracy in accuracies:
+        if not 0 <= accuracy <= 1:  # NaN too
+            raise ValueError(f"An accuracy is a share in [0, 1], not percent; one of {name} is {accuracy}.")
+
+
+def _mean_and_half(accuracies: Sequence[float]) -> tuple[float, float]:
+    """Their mean and half the width of its 95 % interval; NaN, which is not drawn, if there is one accuracy."""
+    if len(accuracies) < 2:
+        return accuracies[0], math.nan
+    interval = t_interval(accuracies)
+    return interval.mean, interval.high - interval.mean
+
+
+def _accuracy_limits(groups: Sequence[Sequence[float]]) -> tuple[float, float]:
+    """Limits that hold every accuracy and its intervals, these at most half the accuracies' span beyond them."""
+    values = [value for group in groups for value in group]
+    ends = [mean + sign * half for mean, half in map(_mean_and_half, groups) for sign in (-1, 1)]
+    ends = [end for end in ends if not math.isnan(end)]
+    low, high = min(values), max(values)
+    beyond = max(high - low, 0.01) / 2
+    bottom, top = max(min([low, *ends]), low - beyond), min(max([high, *ends]), high + beyond)
+    margin = max(0.05 * (top - bottom), (0.01 - (top - bottom)) / 2)
+    return bottom - margin, top + margin
+
+
+def _seeds(groups: Sequence[Sequence[float]]) -> str:
+    """Over how many seeds the groups are."""
+    fewest, most = min(map(len, groups)), max(map(len, groups))
+    return f"{most} seed{'s' if most > 1 else ''}" if fewest == most else f"{fewest} to {most} seeds"
+
+
+def _density_ticks(lowest: float) -> list[float]:
+    """Round densities in percent from 100 down to at least `lowest`: as many as have room for their labels."""
+    width = math.log10(100 / lowest)
+    powers = range(math.floor(math.log10(lowest)), 3)
+    ticks: list[float] = []
+    for mantissas in _MANTISSAS:
+        every = [mantissa * 10.0**power for power in powers for mantissa in mantissas]
+        ticks = sorted((tick for tick in every if lowest <= tick <= 100), reverse=True)
+        if all(math.log10(left / right) > 0.1 * width for left, right in pairwise(ticks)):
+            break
+    return ticks
 
 
 def _short_names(names: Sequence[str]) -> tuple[str, str, list[str]]:

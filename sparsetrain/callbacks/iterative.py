@@ -22,6 +22,7 @@ from sparsetrain.retrain import DenseRates, ReplayLR, Retrain
 from sparsetrain.rng import derive_seed
 from sparsetrain.rounds import Rounds, sparsities, whole_lengths
 from sparsetrain.snapshot import Snapshot
+from sparsetrain.tickets import Ticket
 
 
 class IterativeMagnitudePruning(SparsityCallback):
@@ -77,6 +78,7 @@ class IterativeMagnitudePruning(SparsityCallback):
     round: int
     rounds: Rounds
     _seed: int
+    _origin: str
     _snapshot: Snapshot | None
     _optimizers: list[dict[Any, Any]] | None
     _schedules: dict[str, list[Any]] | None
@@ -121,6 +123,17 @@ class IterativeMagnitudePruning(SparsityCallback):
     def length(self) -> str:
         """How long the Trainer has to be, such as "240ep"."""
         return f"{self._lengths.total}{self._unit}"
+
+    @property
+    def ticket(self) -> Ticket:
+        """The weights rewound to and the present masks, of a run with `weights="rewind"`.
+
+        Raises:
+            RuntimeError: the weights are not rewound, or the fit has not come to the step `rewind_to`.
+        """
+        if self._snapshot is None:
+            raise RuntimeError("There is no ticket before a run with weights='rewind' has come to the step rewound to.")
+        return Ticket(self._snapshot, {name: mask.cpu().clone() for name, mask in self.masks.items()}, self._origin)
 
     def target(self, step: int) -> float | None:
         return None  # masks change between steps
@@ -169,6 +182,8 @@ class IterativeMagnitudePruning(SparsityCallback):
         self._check_schedulers(trainer, pl_module)
         if not resumed:
             self._seed = trainer.strategy.broadcast(torch.initial_seed())
+            if self.weights == "rewind":
+                self._origin = trainer.strategy.broadcast(Snapshot.of(pl_module).digest)
         if self.round:
             self._reseed_loaders(trainer, self.round)
             self._rest_schedulers(trainer)
@@ -205,6 +220,7 @@ class IterativeMagnitudePruning(SparsityCallback):
             **super().state_dict(),
             "round": self.round,
             "seed": self._seed,
+            "origin": self._origin,
             "snapshot": None if self._snapshot is None else dict(self._snapshot.tensors),
             "optimizers": self._optimizers,
             "schedules": self._schedules,
@@ -233,12 +249,14 @@ class IterativeMagnitudePruning(SparsityCallback):
         self.round, self._seed = 0, 0
         self.rounds = self._lengths
         self._snapshot, self._optimizers, self._schedules = None, None, None
+        self._origin = ""
         self._last_rates = []
         self._limits, self._resting, self._rested = None, None, None
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)
         self.round, self._seed = state["round"], state["seed"]
+        self._origin = state["origin"]
         self._snapshot = None if state["snapshot"] is None else Snapshot(state["snapshot"])
         self._optimizers, self._schedules = state["optimizers"], state["schedules"]
         self._last_rates = state["last_rates"]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
@@ -13,7 +12,6 @@ from sparsetrain.masks import Pruning, Update
 from sparsetrain.retrain import ReplayLR, Retrain
 from sparsetrain.rng import generator
 from sparsetrain.selection import Selection
-from sparsetrain.snapshot import Snapshot
 from sparsetrain.tickets import Ticket
 
 CONTROLS = ("none", "random_mask", "reinit", "random_mask_reinit")
@@ -48,8 +46,6 @@ class LotteryTicketRewinding(IterativeMagnitudePruning):
     Source: Frankle & Carbin 2019, arXiv:1803.03635; rewinding: Frankle et al. 2020, arXiv:1912.05671. As in open_lth
         the optimizer starts afresh and batch norm's statistics are rewound.
     """
-
-    _origin: str
 
     def __init__(
         self,
@@ -95,30 +91,15 @@ class LotteryTicketRewinding(IterativeMagnitudePruning):
             check=check,
         )
 
-    @property
-    def ticket(self) -> Ticket:
-        """The weights rewound to and the present masks.
-
-        Raises:
-            RuntimeError: the fit has not come to the step `rewind_to`.
-        """
-        if self._snapshot is None:
-            raise RuntimeError("There is no ticket before the run has come to the step to be rewound to.")
-        return Ticket(self._snapshot, {name: mask.cpu().clone() for name, mask in self.masks.items()}, self._origin)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "origin": self._origin}
-
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         resumed = self._restored is not None
         super().on_train_start(trainer, pl_module)
-        if not resumed:
-            self._origin = trainer.strategy.broadcast(Snapshot.of(pl_module).digest)
-            if self.given is not None and "reinit" in self.control and self._origin == self.given.origin:
-                raise ValueError(
-                    f"control={self.control!r} compares the ticket with another initialisation, but the module has the "
-                    "one from which the ticket was found. Build it after seeding with another number."
-                )
+        own = self.given is not None and self._origin == self.given.origin
+        if not resumed and own and "reinit" in self.control:
+            raise ValueError(
+                f"control={self.control!r} compares the ticket with another initialisation, but the module has the one "
+                "from which the ticket was found. Build it after seeding with another number."
+            )
 
     def change_masks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.given is None:
@@ -135,14 +116,6 @@ class LotteryTicketRewinding(IterativeMagnitudePruning):
         if "reinit" not in self.control:
             self._snapshot = self.given.weights.cast_like(pl_module)
         self._masks_changed(trainer)
-
-    def _begin(self) -> None:
-        super()._begin()
-        self._origin = ""
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        super()._restore(state)
-        self._origin = state["origin"]
 
     def _at_random(self, name: str, mask: Tensor) -> Tensor:
         """A mask that keeps as many, at uniformly random places; the same on every rank."""

@@ -1,49 +1,48 @@
-"""Train LeNet-300-100 on real digits to 80 % sparsity, beside its dense control, and print the two in one table.
+"""Find a lottery ticket in LeNet-300-100 on real digits, beside its dense network and its controls, and show them.
 
-    python experiments/demo.py              # run folders below runs/demo
+    python experiments/demo.py              # run folders, table and picture below runs/demo
 
-The dense run is the same code with the same seed, data order and learning rate; only the callback is missing.
+Everything has the same seed, so differences are those of one draw; experiments/digits_lottery has five and intervals.
 """
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-from sparsetrain.cli.train import compose, train
-from sparsetrain.report import markdown_table
+from digits_lottery.digits_lottery import LABELS, run, run_control
+
+from sparsetrain.report import draw_accuracy, markdown_table
 
 FOLDER = Path("runs/demo")
-RUNS = {"dense": "digits_dense", "sparse": "digits_gmp"}
-
-
-def run(experiment: str, folder: Path) -> dict[str, Any]:
-    """Train as the experiment's file says, on the CPU, and return its summary."""
-    shutil.rmtree(folder, ignore_errors=True)  # that of an earlier demo
-    train(compose(f"+experiment={experiment}", "trainer=cpu", "trainer.enable_progress_bar=false", output_dir=folder))
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    return summary
+PICTURE = FOLDER / "accuracy.png"
+SEED = 1
+CONTROLS = ("random_mask", "reinit")
 
 
 def main() -> None:
-    summaries = {label: run(experiment, FOLDER / label) for label, experiment in RUNS.items()}
-    weights = summaries["sparse"]["maskable"]
-    rows = [
-        (
-            label,
-            f"{summary['val']['accuracy']:.2%}",
-            f"{summary['test']['accuracy']:.2%}",
-            f"{summary['sparsity']:.2%}",
-            f"{summary['kept'] or weights:,} / {weights:,}",
-            f"{summary['wall_time_s']:.1f}",
-            str(FOLDER / label),
-        )
-        for label, summary in summaries.items()
+    shutil.rmtree(FOLDER, ignore_errors=True)  # an earlier demo's
+    found = run("digits_imp", FOLDER / "imp", SEED)
+    dense, *rounds = found["rounds"]
+    controls = {name: run_control(FOLDER / "imp", len(rounds), name, FOLDER / name, SEED) for name in CONTROLS}
+
+    ticket = (LABELS["ticket"], rounds[-1]["sparsity"], rounds[-1], "imp")
+    rows = [(LABELS["dense"], 0.0, dense, "imp/rounds/0"), ticket] + [
+        (LABELS[name], summary["sparsity"], summary["rounds"][-1], name) for name, summary in controls.items()
     ]
-    print()
-    print(
-        markdown_table(("run", "val accuracy", "test accuracy", "sparsity", "weights kept", "seconds", "folder"), rows)
+    lines = [
+        (label, f"{sparsity:.2%}", f"{of['val/accuracy']:.2%}", f"{of['test/accuracy']:.2%}", str(FOLDER / folder))
+        for label, sparsity, of, folder in rows
+    ]
+    draw_accuracy(
+        PICTURE,
+        {"ticket of each round": [(of["sparsity"], [of["test/accuracy"]]) for of in rounds]},
+        dense=[dense["test/accuracy"]],
+        controls={
+            LABELS[name]: [(summary["sparsity"], [summary["test"]["accuracy"]])] for name, summary in controls.items()
+        },
     )
+    print()
+    print(markdown_table(("network", "sparsity", "val accuracy", "test accuracy", "folder"), lines))
+    print(f"\nAccuracy against sparsity: {PICTURE}")
 
 
 if __name__ == "__main__":

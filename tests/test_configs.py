@@ -19,16 +19,23 @@ NEEDS = {
     "model=timm": ("model.name=resnet18",),
     "method=gmp": ("method.schedule.final=0.8",),
     "method=fixed_masks": ("method.masks=masks.safetensors",),
+    "method=lottery": ("method.rewind_to=0it",),
     "schedule=constant": ("method.schedule.sparsity=0.8",),
     "schedule=one_shot": ("method.schedule.sparsity=0.8",),
     "schedule=linear": ("method.schedule.final=0.8",),
     "schedule=cubic": ("method.schedule.final=0.8",),
 }
-BELOW_METHOD = ("schedule", "criterion", "allocation")
+BELOW_METHOD = {
+    "schedule": ("method=gmp",),
+    "criterion": ("method=gmp", "method.schedule.final=0.8"),
+    "allocation": ("method=gmp", "method.schedule.final=0.8"),
+    "retrain": ("method=imp",),
+}
 
 # Data that would be a download, at its shape and with its number of classes.
 STAND_IN = {
     "cifar10": ("dataset=synthetic", "dataset.shape=[3,32,32]", "dataset.num_classes=10"),
+    "imagenet": ("dataset=synthetic", "dataset.shape=[3,64,64]", "dataset.num_classes=10"),
 }
 
 
@@ -56,9 +63,7 @@ def test_every_experiment_trains_a_step(experiment: str, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("option", options())
 def test_every_option_of_every_group_composes(option: str, tmp_path: Path) -> None:
-    first = ("method=gmp",) if option.split("=")[0] in BELOW_METHOD else ()
-    final = ("method.schedule.final=0.8",) if option.split("=")[0] in BELOW_METHOD[1:] else ()
-    cfg = compose(*first, *final, option, *NEEDS.get(option, ()), output_dir=tmp_path)
+    cfg = compose(*BELOW_METHOD.get(option.split("=")[0], ()), option, *NEEDS.get(option, ()), output_dir=tmp_path)
     OmegaConf.resolve(cfg)
     assert OmegaConf.missing_keys(cfg) == set()
 

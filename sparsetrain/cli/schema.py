@@ -15,16 +15,28 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsetrain.allocation import ERK, LAMP, Global, Uniform
-from sparsetrain.callbacks import FixedMasks, GradualMagnitudePruning
+from sparsetrain.callbacks import (
+    FixedMasks,
+    GradualMagnitudePruning,
+    IterativeMagnitudePruning,
+    LotteryTicketRewinding,
+)
 from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
 from sparsetrain.models import ConstantLR, Cosine, LinearDecay, MultiStep
+from sparsetrain.retrain import LastLR, ReplayLR
 from sparsetrain.schedules import Constant, Cubic, Linear, OneShot
 
 SCHEMAS: Mapping[str, Mapping[str, type]] = {
-    "method": {"gmp": GradualMagnitudePruning, "fixed_masks": FixedMasks},
+    "method": {
+        "gmp": GradualMagnitudePruning,
+        "fixed_masks": FixedMasks,
+        "imp": IterativeMagnitudePruning,
+        "lottery": LotteryTicketRewinding,
+    },
     "schedule": {"constant": Constant, "one_shot": OneShot, "linear": Linear, "cubic": Cubic},
     "criterion": {"magnitude": Magnitude, "random": Random, "saliency": Saliency, "movement": Movement},
     "allocation": {"global": Global, "uniform": Uniform, "erk": ERK, "lamp": LAMP},
+    "retrain": {"replay": ReplayLR, "last": LastLR},
     "lr_policy": {"constant": ConstantLR, "cosine": Cosine, "linear": LinearDecay, "multi_step": MultiStep},
 }
 """Config group -> file name -> the class that its `_target_` names."""
@@ -46,6 +58,8 @@ class Config:
 
     name: str = MISSING
     seed: int = MISSING
+    init_seed: int | None = MISSING
+    init_from: str | None = MISSING
     ckpt_path: str | None = MISSING
     optimized_metric: str | None = MISSING
     matmul_precision: str = MISSING

@@ -1,7 +1,10 @@
 """Train one network as its configuration says; conf/config.yaml says what can be set."""
 
+import contextlib
+import logging
 import os
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -22,10 +25,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsetrain.callbacks import ExactResume, SparsityCallback
-from sparsetrain.cli import artifacts, metrics, schema
+from sparsetrain.callbacks import ExactResume, IterativeMagnitudePruning, SparsityCallback
+from sparsetrain.cli import artifacts, metrics, rounds, schema
 from sparsetrain.cli.checkpoints import AtomicCheckpointIO
 from sparsetrain.cli.instantiate import instantiate
+from sparsetrain.cli.weights import load_weights
 
 schema.register()
 
@@ -97,7 +101,7 @@ def _train(cfg: DictConfig) -> float:
     datamodule = instantiate(cfg.dataset)
     _fill_in(cfg.data, datamodule)
     _check_metric(cfg)
-    module = instantiate(cfg.module)
+    module = _module(cfg)
     method: SparsityCallback | None = instantiate(cfg.method)
     loggers: list[Logger] = list((instantiate(cfg.logger) or {}).values())
     try:
@@ -111,6 +115,10 @@ def _train(cfg: DictConfig) -> float:
             _begin_logs(cfg, folder, loggers, earlier)
         results = _fit(trainer, module, datamodule, cfg.ckpt_path, earlier)
         results |= trainer.test(module, datamodule=datamodule, verbose=False)[0]
+        if isinstance(method, IterativeMagnitudePruning):
+            done = rounds.evaluate_rounds(folder, _evaluator(cfg, folder), module, datamodule, _input_shape(cfg))
+            if trainer.is_global_zero:
+                artifacts.add_to_summary(folder, rounds=[{"sparsity": r.sparsity, **r.metrics} for r in done])
         if trainer.is_global_zero:
             seconds = time.perf_counter() - started
             artifacts.add_to_summary(
@@ -125,6 +133,17 @@ def _train(cfg: DictConfig) -> float:
     finally:
         _close(loggers)
     return _optimized(cfg.optimized_metric, results)
+
+
+def _module(cfg: DictConfig) -> L.LightningModule:
+    with contextlib.ExitStack() as stack:
+        if cfg.init_seed is not None:
+            stack.enter_context(torch.random.fork_rng())
+            torch.manual_seed(cfg.init_seed)
+        module: L.LightningModule = instantiate(cfg.module)
+    if cfg.init_from is not None:
+        load_weights(module, Path(cfg.init_from))
+    return module
 
 
 def _message(error: Exception) -> str:
@@ -162,18 +181,42 @@ def _callbacks(cfg: DictConfig, folder: Path, method: SparsityCallback | None) -
         "resumed_from": cfg.ckpt_path,
         "seed": cfg.seed,
     }
-    own = [artifacts.Artifacts(folder, method, tuple(cfg.data.input_shape), facts), ExactResume()]
+    own = [artifacts.Artifacts(folder, method, _input_shape(cfg), facts), ExactResume()]
+    if isinstance(method, IterativeMagnitudePruning):
+        own.append(rounds.RoundArtifacts(folder, method))
     others = [callback for callback in (instantiate(cfg.callbacks) or {}).values() if callback is not None]
     return [*([] if method is None else [method]), *own, *others]
 
 
+def _evaluator(cfg: DictConfig, folder: Path) -> L.Trainer:
+    """A Trainer like the run's that leaves nothing behind."""
+    quiet = logging.getLogger("lightning.pytorch")
+    level = quiet.level
+    quiet.setLevel(logging.WARNING)  # it would describe the device again
+    try:
+        trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=folder
+        )
+    finally:
+        quiet.setLevel(level)
+    return trainer
+
+
+def _input_shape(cfg: DictConfig) -> tuple[int, ...]:
+    return tuple(cfg.data.input_shape)
+
+
 def _begin_logs(cfg: DictConfig, folder: Path, loggers: list[Logger], earlier: Mapping[str, Any] | None) -> None:
-    """Write the resolved configuration to the folder and the loggers; go on with the metrics of a resumed run."""
+    """Write the resolved configuration to the folder and the loggers; go on with what a resumed run has written."""
     (folder / artifacts.CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]  # cfg is a dict
         if earlier is not None and isinstance(logger, metrics.MetricsCSV):
             logger.take_over(Path(cfg.ckpt_path).parent.parent / metrics.FILE, earlier["global_step"])
+    if earlier is not None:
+        done = Path(cfg.ckpt_path).absolute().parent.parent / rounds.FOLDER
+        if done.is_dir() and done.parent != folder:
+            shutil.copytree(done, folder / rounds.FOLDER, dirs_exist_ok=True)
 
 
 def _close(loggers: list[Logger]) -> None:

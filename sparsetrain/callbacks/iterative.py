@@ -141,6 +141,11 @@ class IterativeMagnitudePruning(SparsityCallback):
     def final_step(self) -> int:
         return self.rounds.start(self.rounds.count)
 
+    @property
+    def at_target(self) -> bool:
+        """Whether the last round has begun: by its place, as steps that a gradient scaler skips are not made."""
+        return self.round == self.rounds.count
+
     def ends_round(self, trainer: L.Trainer, batch_idx: int) -> bool:
         """Whether batch `batch_idx` of the epoch, just trained, is the last one of a round."""
         place = self._place(trainer, batch_idx + 1, epoch_ends=trainer.is_last_batch)
@@ -305,21 +310,33 @@ class IterativeMagnitudePruning(SparsityCallback):
                 f"{type(self.retrain).__name__} sets the learning rate itself, and under manual optimization the "
                 "module does. Use ReplayLR(), or automatic optimization."
             )
+        # Without a dense phase the run begins at this step of the schedule.
+        first = 0 if self.rounds.dense else self.rounds.replay_from
         for config in trainer.lr_scheduler_configs:
             if not isinstance(config.scheduler, LRScheduler):
                 raise ValueError(
                     f"{type(config.scheduler).__name__} is no scheduler of torch.optim: what it did in the dense phase "
                     "cannot be run again. Use one of torch.optim.lr_scheduler."
                 )
+            if not pl_module.automatic_optimization:
+                if first:
+                    raise ValueError(
+                        f"How often the module would have stepped {type(config.scheduler).__name__} before step {first}"
+                        ", at which the rounds begin, is not known under manual optimization. Begin with a dense "
+                        "phase, with rewind_to='0it', or use automatic optimization."
+                    )
+                continue
             # Lightning counts epochs over the run, and steps within an epoch.
             per_epoch = self.run.steps_per_epoch or 1
             by_epoch = config.interval == "epoch" or config.frequency > 1
             period = per_epoch * (config.frequency if config.interval == "epoch" else 1) if by_epoch else 1
-            if self.rounds.trained % period and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            replayed = isinstance(self.retrain, ReplayLR) and not trainer.fast_dev_run  # type: ignore[attr-defined]
+            if replayed and (self.rounds.trained % period or first % period):
                 raise ValueError(
                     f"{type(config.scheduler).__name__} steps every {config.frequency} {config.interval}(s), and a "
-                    f"round of {self.rounds.trained} steps does not end with one. Make rounds a multiple of {period} "
-                    "steps, or let it step at each step."
+                    f"round of {self.rounds.trained} steps, from step {self.rounds.replay_from} of the schedule on, "
+                    f"does not begin and end with one. Make both multiples of {period} steps, or let it step at each "
+                    "step."
                 )
 
     def _set_length(self, trainer: L.Trainer, length: int) -> None:
@@ -367,7 +384,9 @@ class IterativeMagnitudePruning(SparsityCallback):
         self.change_masks(trainer, pl_module)
         if self._snapshot is not None:
             self._snapshot.restore_(pl_module)
-            self.masks.apply_()
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SparsityCallback):
+                    callback.masks.apply_()  # of weights that another one prunes, too
         self._set_optimizers_back(trainer.optimizers)
         if self._schedules is not None:
             for optimizer, groups in zip(trainer.optimizers, self._schedules["groups"], strict=True):
@@ -385,8 +404,9 @@ class IterativeMagnitudePruning(SparsityCallback):
         for index, optimizer in enumerate(optimizers):
             optimizer.state.clear()
             if self._optimizers is not None:
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": copy.deepcopy(self._optimizers[index]), "param_groups": groups})
+                groups, numbers = optimizer.param_groups, optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": copy.deepcopy(self._optimizers[index]), "param_groups": numbers})
+                optimizer.param_groups = groups  # loading has put copies there, also of tensors
         self._follower.refresh_state()
 
     def _rest_schedulers(self, trainer: L.Trainer) -> None:
@@ -450,8 +470,20 @@ def _fast_forward(trainer: L.Trainer, place: int, steps_per_epoch: int) -> None:
         for config in trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             if not isinstance(scheduler, ReduceLROnPlateau):
-                for _ in range(place // (steps_per_epoch if config.interval == "epoch" else 1) // config.frequency):
+                for _ in range(_scheduler_steps(trainer, config, place, steps_per_epoch)):
                     scheduler.step()
+
+
+def _scheduler_steps(trainer: L.Trainer, config: Any, place: int, steps_per_epoch: int) -> int:
+    """How often Lightning calls a scheduler in the first `place` optimizer steps of a run."""
+    if config.interval == "epoch":
+        return int(place // steps_per_epoch // config.frequency)
+    if config.frequency == 1:
+        return place
+    # Lightning counts the batches of each epoch; `place` is a whole number of these.
+    batches, every = int(trainer.num_training_batches), trainer.accumulate_grad_batches
+    stepped = [number for number in range(1, batches + 1) if number % every == 0 or number == batches]
+    return place // steps_per_epoch * len([number for number in stepped if number % config.frequency == 0])
 
 
 def _to_cpu(state: Any) -> Any:

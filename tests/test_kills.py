@@ -21,13 +21,34 @@ def kills(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bits_of_the_uninterrupted_one(kills: ModuleType, tmp_path: Path) -> None:
-    reference = kills.uninterrupted(tmp_path, "atomic")
-    for seed, in_write in ((2, False), (3, True)):
-        kill = kills.draw(seed, "atomic", in_write=in_write, step_s=0.01)
-        outcome = kills.kill_and_resume(kill, reference, tmp_path)
+    reference = kills.uninterrupted("gradual", tmp_path, "atomic")
+    for seed, moment in ((2, "any"), (3, "write")):
+        kill = kills.draw("gradual", seed, "atomic", moment, step_s=0.01)
+        outcome = kills.kill_and_resume("gradual", kill, reference, tmp_path)
         assert outcome is not None
-        assert 0 < outcome.step_reached < kills.STEPS
+        assert 0 < outcome.step_reached < kills.SUBJECTS["gradual"].steps
         assert outcome.differences == []
+
+
+@pytest.mark.slow
+def test_a_run_killed_as_a_round_begins_resumes_to_the_bits_of_the_uninterrupted_one(
+    kills: ModuleType, tmp_path: Path
+) -> None:
+    reference = kills.uninterrupted("rounds", tmp_path, "atomic")
+    kill = kills.draw("rounds", 4, "atomic", "pruning", step_s=0.01)
+    outcome = kills.kill_and_resume("rounds", kill, reference, tmp_path)
+    assert outcome is not None
+    assert kill.after_step == kills.SUBJECTS["rounds"].changes[1]
+    assert outcome.step_reached >= kill.after_step  # on a busy machine the signal may come late
+    assert outcome.differences == []
+
+
+def test_where_a_kill_fell_at_a_change_of_rounds_is_read_from_the_journal(kills: ModuleType) -> None:
+    killed = {("step", 47): {}, ("step", 48): {}}
+    assert kills._change(killed, (48,)) == "between"
+    assert kills._change({**killed, ("pruning", 48): {}}, (48,)) == "pruning"
+    assert kills._change({**killed, ("pruning", 48): {}, ("begun", 48): {}}, (48,)) is None
+    assert kills._change(killed, (80,)) is None
 
 
 def test_states_differ_by_bits_types_and_keys(kills: ModuleType) -> None:

@@ -1,42 +1,55 @@
 """What the README says is what the code does."""
 
+import importlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 from conformance.harness import TinyModule, loaders, make_trainer
 
-from sparsetrain import GradualMagnitudePruning, SparsityCallback
+from sparsetrain import GradualMagnitudePruning, IterativeMagnitudePruning, SparsityCallback
 
 ROOT = Path(__file__).parent.parent
+EXPERIMENTS = ROOT / "experiments"
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")  # the block has no validation loader
-def test_the_first_block_prunes_a_module_it_has_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def run_block(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Run a block that trains, on a module that it has never seen; returns its names."""
+
     class QuietTrainer(L.Trainer):
         def __init__(self, **settings: object) -> None:
             quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            super().__init__(**settings, accelerator="cpu", default_root_dir=tmp_path, limit_val_batches=0, **quiet)
+            super().__init__(**settings, accelerator="cpu", default_root_dir=folder, limit_val_batches=0, **quiet)
 
     monkeypatch.setattr(L, "Trainer", QuietTrainer)
     names = {"module": TinyModule(), "loader": loaders()["train_dataloaders"]}
-    # The block's run has 5 steps an epoch here, so "every 50 steps" leaves its first and its last update.
-    exec(BLOCKS[0], names)
-    pruning = names["pruning"]
-    assert isinstance(pruning, GradualMagnitudePruning)
-    total = pruning.masks.total
-    assert sum(pruning.masks.kept.values()) == total - int(0.9 * total + 0.5)
-    for name, mask in pruning.masks.items():
+    exec(block, names)
+    for name, mask in names["pruning"].masks.items():
         assert not (names["module"].get_parameter(name)[~mask] != 0).any()
+    return names
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")  # the blocks have no validation loader
+@pytest.mark.parametrize(
+    ("block", "method", "sparsity"),
+    # The first one's run has 5 steps an epoch here, so "every 50 steps" leaves its first and its last update.
+    [(BLOCKS[0], GradualMagnitudePruning, 0.9), (BLOCKS[1], IterativeMagnitudePruning, 0.8)],
+)
+def test_the_blocks_that_train_prune_a_module_they_have_never_seen(tmp_path, monkeypatch, block, method, sparsity):
+    pruning = run_block(block, tmp_path, monkeypatch)["pruning"]
+    assert isinstance(pruning, method)
+    total = pruning.masks.total
+    assert sum(pruning.masks.kept.values()) == total - int(sparsity * total + 0.5)
 
 
 def test_the_method_written_in_the_readme_alternates_and_ends_sparse() -> None:
     names: dict[str, object] = {}
-    exec(BLOCKS[1], names)
+    exec(BLOCKS[2], names)
     method = names["AlternatingCompression"](0.75, "1ep", warmup="1ep", finish="14it")  # type: ignore[operator]
     assert isinstance(method, SparsityCallback)
     make_trainer(method).fit(TinyModule(), **loaders())
@@ -51,12 +64,23 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
     assert all((ROOT / "sparsetrain" / "conf" / "experiment" / f"{name}.yaml").exists() for name in named)
 
 
-def test_the_table_of_costs_is_that_of_the_results_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "experiments" / "overhead")
-    import overhead
-
-    results = json.loads(overhead.RESULTS.read_text())
-    assert overhead.summary_table(results) in README
+@pytest.mark.parametrize(
+    ("name", "tables", "results", "readme"),
+    [
+        ("overhead", "summary_table", ["overhead/results/overhead.json"], "../README.md"),
+        ("overhead", "detail_tables", ["overhead/results/overhead.json"], "overhead/README.md"),
+        ("kills", "table", ["kills/results/kills.json"], "kills/README.md"),
+        ("kills", "table", ["kills/results/rounds.json"], "kills/README.md"),
+        ("peers", "tables", ["peers/results/peers.json", "overhead/results/overhead.json"], "peers/README.md"),
+    ],
+)
+def test_the_tables_are_those_of_the_results_files(
+    name: str, tables: str, results: list[str], readme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXPERIMENTS / name)
+    experiment = importlib.import_module(name)
+    contents = [json.loads((EXPERIMENTS / file).read_text()) for file in results]
+    assert getattr(experiment, tables)(*contents) in (EXPERIMENTS / readme).read_text()
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:

@@ -1,7 +1,9 @@
-"""Kill a training run with SIGKILL at random moments, resume it, and compare its end with the uninterrupted run's.
+"""Kill training runs with SIGKILL at random moments, resume them, and compare their ends with uninterrupted runs'.
 
-    python experiments/kills/kills.py             # 30 kills; writes results/kills.json and the table in README.md
-    python experiments/kills/kills.py --report    # the table only, from results/kills.json
+    python experiments/kills/kills.py             # both subjects; writes results/*.json and the tables in README.md
+    python experiments/kills/kills.py gradual     # 30 kills of a run of gradual pruning
+    python experiments/kills/kills.py rounds      # 20 kills of a run of many rounds, some while a round begins
+    python experiments/kills/kills.py --report    # the tables only, from results/*.json
 
 Each run is a process of its own, forked from one that has imported everything.
 """
@@ -34,7 +36,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from sparsetrain import Cubic, ExactResume, GradualMagnitudePruning
+from sparsetrain import Cubic, ExactResume, GradualMagnitudePruning, IterativeMagnitudePruning, SparsityCallback
 from sparsetrain.cli.artifacts import git_state
 from sparsetrain.cli.checkpoints import AtomicCheckpointIO
 from sparsetrain.data import Digits
@@ -42,12 +44,11 @@ from sparsetrain.models import Classifier, Cosine, LeNet300100
 from sparsetrain.report import markdown_table
 
 HERE = Path(__file__).parent
-RESULTS, README = HERE / "results" / "kills.json", HERE / "README.md"
-BEGIN, END = "<!-- table:begin -->", "<!-- table:end -->"
+README = HERE / "README.md"
 
-RUN_SEED, EPOCHS, STEPS_PER_EPOCH, SAVE_EVERY = 11, 5, 16, 3
-STEPS = EPOCHS * STEPS_PER_EPOCH
-PATIENCE_S = 120.0  # a run takes about 2 s
+RUN_SEED, STEPS_PER_EPOCH, SAVE_EVERY = 11, 16, 3
+PATIENCE_S = 120.0  # a run takes a few seconds
+BETWEEN_S, PRUNING_S = 0.03, 0.008  # about how long these moments last
 EPOCH_MEANS = ("train/accuracy", "train/top5")
 WRITERS = ("atomic", "lightning")
 PRELOADED = ("lightning", "sparsetrain.models", "sparsetrain.data", "sklearn.datasets", "sparsetrain.cli.checkpoints")
@@ -56,21 +57,67 @@ JOURNAL, CHECKPOINTS, FINAL = "journal.jsonl", "checkpoints", "final.pt"
 
 
 @dataclass(frozen=True)
+class Subject:
+    """A run that is to be killed.
+
+    Args:
+        method: makes the callback that prunes.
+        epochs: how long it is.
+        changes: the numbers of steps after which a new round begins.
+        moments: when runs are killed, in turn for a pair of runs, one with each writer; see `Kill`.
+        count: how many runs are killed.
+        results: the file that the outcomes are written to.
+    """
+
+    method: Callable[[], SparsityCallback]
+    epochs: int
+    changes: tuple[int, ...]
+    moments: tuple[str, ...]
+    count: int
+    results: Path
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.epochs * STEPS_PER_EPOCH
+
+
+def _gradual() -> SparsityCallback:
+    return GradualMagnitudePruning(Cubic(0.9, begin="0.5ep", end="4ep", every="7it"))
+
+
+def _rounds() -> SparsityCallback:
+    return IterativeMagnitudePruning(
+        3, "3ep", sparsity=0.9, weights="rewind", rewind_to="1ep", optimizer_state="snapshot"
+    )
+
+
+SUBJECTS = {
+    "gradual": Subject(_gradual, 5, (), ("any", "write"), 30, HERE / "results" / "kills.json"),
+    # A dense phase of 3 epochs, then 3 rounds of 2.
+    "rounds": Subject(
+        _rounds, 9, (48, 80, 112), ("any", "write", "between", "pruning"), 20, HERE / "results" / "rounds.json"
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Kill:
     """When a run is to be killed.
 
     Args:
-        seed: of the three that follow; see `draw`.
+        seed: of the two last; see `draw`.
         writer: how checkpoints are written: "atomic" as `train.py` does it, one file that is replaced; "lightning" as
             a Trainer does it by itself, a new file each time and a copy called last.ckpt.
-        in_write: whether to wait for the next write of a checkpoint.
-        after_step: the number of steps after which the clock starts, in [1, STEPS).
-        delay_s: seconds from then, or from the beginning of the write, to the signal.
+        moment: "any"; "write", as the next checkpoint is written; "between", after the last step of a round;
+            "pruning", as the next round prunes and rewinds, before its first step.
+        after_step: the number of steps after which the clock starts, in [1, steps of the run).
+        delay_s: seconds from then, or from the beginning of the write or of the round, to the signal.
     """
 
     seed: int
     writer: str
-    in_write: bool
+    moment: str
     after_step: int
     delay_s: float
 
@@ -83,6 +130,8 @@ class Outcome:
         kill: the plan.
         wall_s: seconds from the first step to the signal.
         step_reached: optimizer steps in the journal of the killed run.
+        change: where it fell at a change of rounds: "between" the last step of one and the pruning for the next, or
+            in the "pruning" and rewinding; None elsewhere.
         unfinished: files that the kill left half written.
         checkpoint: the newest complete checkpoint; None if there was none yet, and the run began anew.
         checkpoint_step: the step it was saved at.
@@ -92,6 +141,7 @@ class Outcome:
     kill: Kill
     wall_s: float
     step_reached: int
+    change: str | None
     unfinished: list[str]
     checkpoint: str | None
     checkpoint_step: int
@@ -99,10 +149,16 @@ class Outcome:
 
 
 class Journal(L.Callback):
-    """Appends to a file what each step and validation came to, a line for each."""
+    """Appends to a file what each step and validation came to, a line for each, and where each round begins."""
 
-    def __init__(self, path: Path, pruning: GradualMagnitudePruning) -> None:
-        self.file, self.pruning = path.open("ab", buffering=0), pruning
+    def __init__(self, path: Path, pruning: SparsityCallback, changes: tuple[int, ...]) -> None:
+        self.file, self.pruning, self.changes = path.open("ab", buffering=0), pruning, changes
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._write_change(trainer, "pruning")  # the method's turn is after this callback's
+
+    def on_before_zero_grad(self, trainer: L.Trainer, *_: Any) -> None:
+        self._write_change(trainer, "begun")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         self._write(
@@ -117,14 +173,19 @@ class Journal(L.Callback):
         metrics = {name: float(trainer.callback_metrics[name]) for name in ("val/loss", "val/accuracy")}
         self._write(kind="validation", step=trainer.global_step, **metrics)
 
+    def _write_change(self, trainer: L.Trainer, kind: str) -> None:
+        if trainer.global_step in self.changes:
+            self._write(kind=kind, step=trainer.global_step, sparsity=self.pruning.masks.sparsity())
+
     def _write(self, **entry: Any) -> None:
         self.file.write(json.dumps(entry).encode() + b"\n")
 
 
-def train(folder: Path, writer: str, scratch: Path, checkpoint: Path | None) -> None:
+def train(name: str, folder: Path, writer: str, scratch: Path, checkpoint: Path | None) -> None:
     """LeNet-300-100 with dropout on shifted digits, to 90 % sparsity; the same run in whichever process.
 
     Args:
+        name: of the subject.
         folder: where the journal, the checkpoints and the final state go.
         writer: see `Kill`.
         scratch: the system's temporary folder, as far as this process knows.
@@ -141,11 +202,13 @@ def train(folder: Path, writer: str, scratch: Path, checkpoint: Path | None) -> 
         lr_policy=Cosine(warmup="8it"),
         num_classes=Digits.num_classes,
     )
-    pruning = GradualMagnitudePruning(Cubic(0.9, begin="0.5ep", end="4ep", every="7it"))
+    subject = SUBJECTS[name]
+    pruning = subject.method()
+    journal = Journal(folder / JOURNAL, pruning, subject.changes)
     trainer = L.Trainer(
-        max_epochs=EPOCHS,
+        max_epochs=subject.epochs,
         accelerator="cpu",
-        callbacks=[pruning, ExactResume(), Journal(folder / JOURNAL, pruning), *_checkpoint_callbacks(folder, writer)],
+        callbacks=[pruning, ExactResume(), journal, *_checkpoint_callbacks(folder, writer)],
         plugins=[AtomicCheckpointIO() if writer == "atomic" else TorchCheckpointIO()],
         default_root_dir=folder,
         logger=False,
@@ -168,24 +231,29 @@ def _checkpoint_callbacks(folder: Path, writer: str) -> list[L.Callback]:
     ]
 
 
-def draw(seed: int, writer: str, *, in_write: bool, step_s: float) -> Kill:
-    """A random moment; `step_s` is how long a step takes, in seconds."""
-    stream = random.Random(seed)
-    after_step = stream.randrange(1, STEPS)
-    return Kill(seed, writer, in_write, after_step, stream.uniform(0.0, 0.002 if in_write else step_s))
+def draw(name: str, seed: int, writer: str, moment: str, *, step_s: float) -> Kill:
+    """A random time at `moment` of subject `name`; `step_s` is how long a step takes, in seconds."""
+    stream, subject = random.Random(seed), SUBJECTS[name]
+    if moment in ("between", "pruning"):
+        after_step = subject.changes[seed % len(subject.changes)]
+    else:
+        after_step = stream.randrange(1, subject.steps)
+    longest_s = {"any": step_s, "write": 0.002, "between": BETWEEN_S, "pruning": PRUNING_S}[moment]
+    return Kill(seed, writer, moment, after_step, stream.uniform(0.0, longest_s))
 
 
-def kill_and_resume(kill: Kill, reference: Path, root: Path) -> Outcome | None:
+def kill_and_resume(name: str, kill: Kill, reference: Path, root: Path) -> Outcome | None:
     """Train, kill, resume and compare; None if the run was over before the signal.
 
     Args:
+        name: of the subject.
         kill: the moment.
         reference: folder of the uninterrupted run with the same writer.
         root: where the run's folder is made.
     """
     folder = _new_folder(root, f"kill-{kill.seed}")
     with _scratch() as scratch:
-        wall_s = _run_until(kill, folder, scratch)
+        wall_s = _run_until(name, kill, folder, scratch)
         if wall_s is None:
             return None
         unfinished = [path.name for path in scratch.iterdir()]
@@ -196,29 +264,30 @@ def kill_and_resume(kill: Kill, reference: Path, root: Path) -> Outcome | None:
     saved = None if checkpoint is None else _load(checkpoint)
     step = 0 if saved is None else saved["global_step"]
     (folder / JOURNAL).rename(folder / f"killed-{JOURNAL}")
-    run(folder, kill.writer, checkpoint)
+    run(name, folder, kill.writer, checkpoint)
     differences = [
         *_journal_differences(_read_journal(reference), killed, _read_journal(folder), step),
         *state_differences(_end(reference), _end(folder)),
     ]
-    name = None if checkpoint is None else checkpoint.name
-    return Outcome(kill, wall_s, _steps(killed), unfinished, name, step, differences)
+    resumed_from = None if checkpoint is None else checkpoint.name
+    change = _change(killed, SUBJECTS[name].changes)
+    return Outcome(kill, wall_s, _steps(killed), change, unfinished, resumed_from, step, differences)
 
 
-def run(folder: Path, writer: str, checkpoint: Path | None = None) -> None:
+def run(name: str, folder: Path, writer: str, checkpoint: Path | None = None) -> None:
     """Train to the end in a new process."""
     with _scratch() as scratch:
-        process = _start(folder, writer, scratch, checkpoint)
+        process = _start(name, folder, writer, scratch, checkpoint)
         process.join(PATIENCE_S)
         if process.exitcode != 0:
             process.kill()
             raise RuntimeError(f"The run in {folder} ended with exit code {process.exitcode}; its traceback is above.")
 
 
-def uninterrupted(root: Path, writer: str) -> Path:
-    """The folder of a run that nothing disturbed."""
+def uninterrupted(name: str, root: Path, writer: str) -> Path:
+    """The folder of a run of subject `name` that nothing disturbed."""
     folder = _new_folder(root, f"whole-{writer}")
-    run(folder, writer)
+    run(name, folder, writer)
     return folder
 
 
@@ -241,17 +310,17 @@ def state_differences(one: Any, other: Any, path: str = "") -> list[str]:
     return [] if type(one) is type(other) and one == other else [path]
 
 
-def _start(folder: Path, writer: str, scratch: Path, checkpoint: Path | None) -> BaseProcess:
+def _start(name: str, folder: Path, writer: str, scratch: Path, checkpoint: Path | None) -> BaseProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    process = context.Process(target=train, args=(folder, writer, scratch, checkpoint), daemon=True)
+    process = context.Process(target=train, args=(name, folder, writer, scratch, checkpoint), daemon=True)
     process.start()
     return process
 
 
-def _run_until(kill: Kill, folder: Path, scratch: Path) -> float | None:
+def _run_until(name: str, kill: Kill, folder: Path, scratch: Path) -> float | None:
     """Start a run and kill it; returns the seconds from its first step to the signal."""
-    process = _start(folder, kill.writer, scratch, None)
+    process = _start(name, folder, kill.writer, scratch, None)
     try:
         return _kill_when_due(process, kill, folder, scratch)
     finally:
@@ -268,8 +337,11 @@ def _kill_when_due(process: BaseProcess, kill: Kill, folder: Path, scratch: Path
     began = time.perf_counter()
     if not _wait(lambda: _steps(_read_journal(folder)) >= kill.after_step, alive, pause_s=0.0005):
         return None
-    if kill.in_write:
-        # Without a pause: a write takes a few milliseconds.
+    # Without a pause: what is waited for takes a few milliseconds.
+    if kill.moment == "pruning":
+        if not _wait(lambda: ("pruning", kill.after_step) in _read_journal(folder), alive, pause_s=0.0):
+            return None
+    elif kill.moment == "write":
         temporary = checkpoints / ".last.ckpt.tmp"
         writing = temporary.exists if kill.writer == "atomic" else lambda: any(os.scandir(scratch))
         if not _wait(writing, alive, pause_s=0.0):
@@ -337,6 +409,14 @@ def _journal_differences(whole: Entries, killed: Entries, resumed: Entries, step
     return [f"journal: {kind} {number}" for kind, number in (*wrong, *missing)]
 
 
+def _change(killed: Entries, changes: tuple[int, ...]) -> str | None:
+    """See `Outcome`."""
+    step = _steps(killed)
+    if step not in changes or ("begun", step) in killed:
+        return None
+    return "pruning" if ("pruning", step) in killed else "between"
+
+
 def _steps(entries: Entries) -> int:
     return max((step for _, step in entries), default=0)
 
@@ -359,20 +439,21 @@ def _scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def measure(count: int) -> dict[str, Any]:
-    """Kill `count` runs; every other one with each writer, every other pair while a checkpoint is written."""
+def measure(name: str, count: int) -> dict[str, Any]:
+    """Kill `count` runs of subject `name`; every other one with each writer, every pair at the next of its moments."""
+    subject = SUBJECTS[name]
     outcomes: list[Outcome] = []
     too_late = 0
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
         began = time.perf_counter()
-        references = {writer: uninterrupted(root, writer) for writer in WRITERS}
-        step_s = _seconds_per_step(references["atomic"])
+        references = {writer: uninterrupted(name, root, writer) for writer in WRITERS}
+        step_s = _seconds_per_step(references["atomic"], subject.steps)
         while len(outcomes) < count:
             number = len(outcomes)
-            writer, in_write = WRITERS[number % 2], number // 2 % 2 == 1
-            kill = draw(1000 + number + too_late * count, writer, in_write=in_write, step_s=step_s)
-            outcome = kill_and_resume(kill, references[writer], root)
+            writer, moment = WRITERS[number % 2], subject.moments[number // 2 % len(subject.moments)]
+            kill = draw(name, 1000 + number + too_late * count, writer, moment, step_s=step_s)
+            outcome = kill_and_resume(name, kill, references[writer], root)
             if outcome is None:
                 too_late += 1
                 continue
@@ -384,7 +465,7 @@ def measure(count: int) -> dict[str, Any]:
         "git": git_state(),
         "versions": {name: metadata.version(name) for name in ("sparsetrain", "torch", "lightning")},
         "device": f"CPU, 1 thread of {os.cpu_count()}",
-        "steps": STEPS,
+        "steps": subject.steps,
         "redrawn": too_late,  # runs that were over before the signal came
         "total_s": round(total_s, 1),
         "kills": [
@@ -393,6 +474,7 @@ def measure(count: int) -> dict[str, Any]:
                 "wall_s": round(outcome.wall_s, 4),
                 "step_reached": outcome.step_reached,
                 "during_write": bool(outcome.unfinished),
+                "change": outcome.change,
                 "unfinished": outcome.unfinished,
                 "checkpoint": outcome.checkpoint,
                 "checkpoint_step": outcome.checkpoint_step,
@@ -404,18 +486,19 @@ def measure(count: int) -> dict[str, Any]:
     }
 
 
-def _seconds_per_step(folder: Path) -> float:
+def _seconds_per_step(folder: Path, steps: int) -> float:
     """About how long a step takes, checkpoints included."""
     born = (folder / JOURNAL).stat()
     first = min(path.stat().st_mtime for path in (folder / CHECKPOINTS).iterdir())
-    return max((born.st_mtime - first) / STEPS, 0.01)
+    return max((born.st_mtime - first) / steps, 0.01)
 
 
-def write_report(results: dict[str, Any]) -> None:
-    """Put the table of `results` into README.md."""
+def table(results: dict[str, Any]) -> str:
+    """A row for each kill; those of a run of rounds say where they fell at a change."""
     kills = results["kills"]
+    header = ["seed", "writer", "killed after s", "at step", "half-written files left", "resumed from", "identical"]
     rows = [
-        (
+        [
             str(kill["seed"]),
             kill["writer"],
             f"{kill['wall_s']:.3f}",
@@ -423,35 +506,54 @@ def write_report(results: dict[str, Any]) -> None:
             ", ".join(f"`{name}`" for name in kill["unfinished"]) or "-",
             f"`{kill['checkpoint']}`, step {kill['checkpoint_step']}" if kill["checkpoint"] else "none yet",
             "yes" if kill["identical"] else "NO: " + ", ".join(kill["differences"][:3]),
-        )
+        ]
         for kill in kills
     ]
-    header = ("seed", "writer", "killed after s", "at step", "half-written files left", "resumed from", "identical")
+    changes = [kill.get("change") for kill in kills]
+    if any(changes):
+        header.insert(4, "change of rounds")
+        for row, change in zip(rows, changes, strict=True):
+            row.insert(4, change or "-")
+    return markdown_table(header, rows)
+
+
+def write_report(name: str) -> bool:
+    """Put the table of a subject's results into README.md; returns whether all runs ended identical."""
+    results = json.loads(SUBJECTS[name].results.read_text())
+    kills = results["kills"]
     identical, in_write = (sum(kill[key] for kill in kills) for key in ("identical", "during_write"))
-    facts = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    where = [f"{in_write} of the kills fell into the writing of a checkpoint"]
+    for change, words in (("between", "between two rounds"), ("pruning", "into the pruning and rewinding of a round")):
+        fell = sum(kill.get("change") == change for kill in kills)
+        where += [f"{fell} {words}"] if fell else []
+    facts = ", ".join(f"{package} {version}" for package, version in results["versions"].items())
     commit = results["git"]["commit"] if results["git"] else "none"
     text = (
-        f"**{identical} of {len(kills)} identical**; {in_write} of the kills fell into the writing of a checkpoint.\n\n"
-        f"{markdown_table(header, rows)}\n\n"
+        f"**{identical} of {len(kills)} identical**; {', '.join(where)}.\n\n"
+        f"{table(results)}\n\n"
         f"{results['date']}, commit {commit}; {results['device']}; {facts}; {results['total_s']:.0f} s in all."
     )
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = README.read_text().partition(begin)
+    README.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+    return bool(identical == len(kills))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=30, help="how many runs to kill")
-    parser.add_argument("--report", action="store_true", help="only write the table of results/kills.json")
+    parser.add_argument("subject", nargs="?", choices=list(SUBJECTS), help="which run to kill; all of them by default")
+    parser.add_argument("--count", type=int, help="how many runs to kill")
+    parser.add_argument("--report", action="store_true", help="only write the tables of results/*.json")
     arguments = parser.parse_args()
+    names = [arguments.subject] if arguments.subject else list(SUBJECTS)
     if not arguments.report:
-        results = measure(arguments.count)
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    results = json.loads(RESULTS.read_text())
-    write_report(results)
-    if not all(kill["identical"] for kill in results["kills"]):
-        raise SystemExit("A resumed run differs from the uninterrupted one; see results/kills.json.")
+        for name in names:
+            results = measure(name, arguments.count or SUBJECTS[name].count)
+            SUBJECTS[name].results.parent.mkdir(exist_ok=True)
+            SUBJECTS[name].results.write_text(json.dumps(results, indent=1) + "\n")
+    different = [name for name in names if not write_report(name)]
+    if different:
+        raise SystemExit(f"A resumed run differs from the uninterrupted one; see the results of {different}.")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,7 @@ class Retrain(ABC):
     def rate(self, dense: DenseRates, step: int, length: int) -> float | None:
         """The learning rate of one parameter group at `step` (0-based) of a round of `length` optimizer steps.
 
-        None in all steps leaves it to the module's own schedulers, which are set back at the begin of each round; they
-        rest otherwise.
+        The module's own schedulers rest meanwhile. `ReplayLR` alone has none: it sets them back and lets them run.
         """
 
 

@@ -222,6 +222,12 @@ class SparsityCallback(L.Callback, ABC):
             if key in checkpoint:
                 self.masks.apply_to(checkpoint[key])
 
+    def hold_zeros(self) -> None:
+        """Zero the pruned weights, and their optimizer state, after something else has written there."""
+        if self._follower is not None:
+            self._follower.refresh_state()
+        self.masks.apply_()
+
     def state_dict(self) -> dict[str, Any]:
         return {
             **self.masks.state_dict(),
@@ -292,9 +298,7 @@ class SparsityCallback(L.Callback, ABC):
 
     def _masks_changed(self, trainer: L.Trainer) -> None:
         """Let weights and optimizer state follow the masks, and compare these among ranks."""
-        assert self._follower is not None
-        self._follower.refresh_state()
-        self.masks.apply_()
+        self.hold_zeros()
         if trainer.world_size > 1:
             mine = torch.tensor(self.masks.checksum(), device=trainer.strategy.root_device)
             everybody = trainer.strategy.all_gather(mine).flatten().tolist()
@@ -321,12 +325,12 @@ def _has_scaler(trainer: L.Trainer) -> bool:
 def _run_length(trainer: L.Trainer) -> RunLength:
     """Optimizer steps in an epoch and in the run, of an optimizer that steps once per (accumulated) batch."""
     batches = trainer.num_training_batches
-    varying = any(
-        isinstance(callback, GradientAccumulationScheduler) and callback.scheduling.keys() != {0}
-        for callback in _callbacks(trainer)
-    )
-    known = math.isfinite(batches) and not varying
-    steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if known else None
+    accumulated = {trainer.accumulate_grad_batches}
+    for callback in _callbacks(trainer):
+        if isinstance(callback, GradientAccumulationScheduler):
+            accumulated = set(callback.scheduling.values())  # it sets the Trainer's at the start of each epoch
+    known = math.isfinite(batches) and len(accumulated) == 1
+    steps_per_epoch = math.ceil(batches / accumulated.pop()) if known else None
     limits = [trainer.max_steps] if trainer.max_steps != -1 else []
     if steps_per_epoch is not None and trainer.max_epochs is not None and trainer.max_epochs != -1:
         limits.append(trainer.max_epochs * steps_per_epoch)

@@ -2,8 +2,7 @@
 
 import copy
 import random
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -14,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.callbacks.rates import RoundRates, fast_forward
 from sparsetrain.masks import Pruning
-from sparsetrain.retrain import DenseRates, ReplayLR, Retrain
+from sparsetrain.retrain import ReplayLR, Retrain
 from sparsetrain.rng import derive_seed
 from sparsetrain.rounds import Rounds, sparsities, whole_lengths
 from sparsetrain.snapshot import Snapshot
@@ -81,11 +80,8 @@ class IterativeMagnitudePruning(SparsityCallback):
     _origin: str
     _snapshot: Snapshot | None
     _optimizers: list[dict[Any, Any]] | None
-    _schedules: dict[str, list[Any]] | None
-    _last_rates: list[list[float]]
+    _rates: RoundRates
     _limits: tuple[int | None, int] | None
-    _resting: list[Any] | None
-    _rested: list[dict[str, Any]] | None
 
     def __init__(
         self,
@@ -184,15 +180,14 @@ class IterativeMagnitudePruning(SparsityCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         resumed = self._restored is not None
         super().on_train_start(trainer, pl_module)
-        self._check_schedulers(trainer, pl_module)
+        self._rates.check(trainer, pl_module, self.rounds, self.run.steps_per_epoch or 1)
         if not resumed:
             self._seed = trainer.strategy.broadcast(torch.initial_seed())
             if self.weights == "rewind":
                 self._origin = trainer.strategy.broadcast(Snapshot.of(pl_module).digest)
         if self.round:
             self._reseed_loaders(trainer, self.round)
-            self._rest_schedulers(trainer)
-        self._restore_resting(self._resting or [])
+        self._rates.resume(trainer, in_round=self.round > 0)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
@@ -214,8 +209,7 @@ class IterativeMagnitudePruning(SparsityCallback):
             if batch_idx > 0:
                 _seed_all(derive_seed(self._seed, "round", self.round + 1, trainer.global_rank))
             self._begin_round(trainer, pl_module)
-        if self._resting is not None:
-            self._set_rates(trainer, place - self.rounds.start(self.round))
+        self._rates.set_step(trainer, place - self.rounds.start(self.round), self.rounds.trained)
 
     def facts(self) -> dict[str, float]:
         return {**super().facts(), "sparsity/round": float(self.round)}
@@ -228,14 +222,12 @@ class IterativeMagnitudePruning(SparsityCallback):
             "origin": self._origin,
             "snapshot": None if self._snapshot is None else dict(self._snapshot.tensors),
             "optimizers": self._optimizers,
-            "schedules": self._schedules,
-            "last_rates": self._last_rates,
-            "resting": None if self._resting is None else [config.scheduler.state_dict() for config in self._resting],
+            "rates": self._rates.state_dict(),
         }
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
-        self._restore_resting(trainer.lr_scheduler_configs)  # of a run that was resumed from its end
+        self._rates.resume(trainer, in_round=False)  # if it was resumed from its end
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().teardown(trainer, pl_module, stage)
@@ -253,19 +245,17 @@ class IterativeMagnitudePruning(SparsityCallback):
         super()._begin()
         self.round, self._seed = 0, 0
         self.rounds = self._lengths
-        self._snapshot, self._optimizers, self._schedules = None, None, None
-        self._origin = ""
-        self._last_rates = []
-        self._limits, self._resting, self._rested = None, None, None
+        self._snapshot, self._optimizers, self._origin = None, None, ""
+        self._rates = RoundRates(self.retrain)
+        self._limits = None
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)
         self.round, self._seed = state["round"], state["seed"]
         self._origin = state["origin"]
         self._snapshot = None if state["snapshot"] is None else Snapshot(state["snapshot"])
-        self._optimizers, self._schedules = state["optimizers"], state["schedules"]
-        self._last_rates = state["last_rates"]
-        self._rested = state["resting"]
+        self._optimizers = state["optimizers"]
+        self._rates.load_state_dict(state["rates"])
 
     def _check_lengths(self) -> None:
         lengths = self._lengths
@@ -304,41 +294,6 @@ class IterativeMagnitudePruning(SparsityCallback):
             )
         return epochs, steps
 
-    def _check_schedulers(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not isinstance(self.retrain, ReplayLR) and not pl_module.automatic_optimization:
-            raise ValueError(
-                f"{type(self.retrain).__name__} sets the learning rate itself, and under manual optimization the "
-                "module does. Use ReplayLR(), or automatic optimization."
-            )
-        # Without a dense phase the run begins at this step of the schedule.
-        first = 0 if self.rounds.dense else self.rounds.replay_from
-        for config in trainer.lr_scheduler_configs:
-            if not isinstance(config.scheduler, LRScheduler):
-                raise ValueError(
-                    f"{type(config.scheduler).__name__} is no scheduler of torch.optim: what it did in the dense phase "
-                    "cannot be run again. Use one of torch.optim.lr_scheduler."
-                )
-            if not pl_module.automatic_optimization:
-                if first:
-                    raise ValueError(
-                        f"How often the module would have stepped {type(config.scheduler).__name__} before step {first}"
-                        ", at which the rounds begin, is not known under manual optimization. Begin with a dense "
-                        "phase, with rewind_to='0it', or use automatic optimization."
-                    )
-                continue
-            # Lightning counts epochs over the run, and steps within an epoch.
-            per_epoch = self.run.steps_per_epoch or 1
-            by_epoch = config.interval == "epoch" or config.frequency > 1
-            period = per_epoch * (config.frequency if config.interval == "epoch" else 1) if by_epoch else 1
-            replayed = isinstance(self.retrain, ReplayLR) and not trainer.fast_dev_run  # type: ignore[attr-defined]
-            if replayed and (self.rounds.trained % period or first % period):
-                raise ValueError(
-                    f"{type(config.scheduler).__name__} steps every {config.frequency} {config.interval}(s), and a "
-                    f"round of {self.rounds.trained} steps, from step {self.rounds.replay_from} of the schedule on, "
-                    f"does not begin and end with one. Make both multiples of {period} steps, or let it step at each "
-                    "step."
-                )
-
     def _set_length(self, trainer: L.Trainer, length: int) -> None:
         if self._unit == "ep":
             trainer.fit_loop.max_epochs = length
@@ -360,10 +315,9 @@ class IterativeMagnitudePruning(SparsityCallback):
         first, dense = max(self.rounds.replay_from, 0), self.rounds.dense
         if place == (first if dense else 0):
             if not dense:
-                _fast_forward(trainer, first, self.run.steps_per_epoch or 1)
+                fast_forward(trainer, first, self.run.steps_per_epoch or 1)
             self._remember(trainer, pl_module)
-        if place < dense or not self._last_rates:
-            self._last_rates = [[float(group["lr"]) for group in o.param_groups] for o in trainer.optimizers]
+        self._rates.observe(trainer, dense=place < dense)
 
     def _remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what the rounds will go back to."""
@@ -373,32 +327,21 @@ class IterativeMagnitudePruning(SparsityCallback):
             self._snapshot = trainer.strategy.broadcast(snapshot) if trainer.world_size > 1 else snapshot
         if self.optimizer_state == "snapshot":
             self._optimizers = [_to_cpu(optimizer.state_dict()["state"]) for optimizer in trainer.optimizers]
-        if isinstance(self.retrain, ReplayLR):
-            self._schedules = {
-                "groups": [[_settings(group) for group in o.param_groups] for o in trainer.optimizers],
-                "schedulers": [copy.deepcopy(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs],
-            }
+        self._rates.remember(trainer)
 
     def _begin_round(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.round += 1
         self.change_masks(trainer, pl_module)
         if self._snapshot is not None:
             self._snapshot.restore_(pl_module)
-            for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, SparsityCallback):
-                    callback.masks.apply_()  # of weights that another one prunes, too
         self._set_optimizers_back(trainer.optimizers)
-        if self._schedules is not None:
-            for optimizer, groups in zip(trainer.optimizers, self._schedules["groups"], strict=True):
-                for group, settings in zip(optimizer.param_groups, groups, strict=True):
-                    _set_back(group, settings)
-            for config, state in zip(trainer.lr_scheduler_configs, self._schedules["schedulers"], strict=True):
-                config.scheduler.load_state_dict(copy.deepcopy(state))
-        self._rest_schedulers(trainer)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SparsityCallback):
+                callback.hold_zeros()  # also of weights that another one prunes
+        self._rates.begin_round(trainer)
         rank_zero_info(f"Round {self.round} of {self.rounds.count}: sparsity {self.masks.sparsity():.4%}.")
 
     def _set_optimizers_back(self, optimizers: list[Optimizer]) -> None:
-        assert self._follower is not None
         if self.optimizer_state == "keep":
             return
         for index, optimizer in enumerate(optimizers):
@@ -407,23 +350,6 @@ class IterativeMagnitudePruning(SparsityCallback):
                 groups, numbers = optimizer.param_groups, optimizer.state_dict()["param_groups"]
                 optimizer.load_state_dict({"state": copy.deepcopy(self._optimizers[index]), "param_groups": numbers})
                 optimizer.param_groups = groups  # loading has put copies there, also of tensors
-        self._follower.refresh_state()
-
-    def _rest_schedulers(self, trainer: L.Trainer) -> None:
-        """Let the module's schedulers rest, if the policy sets the learning rate."""
-        if not isinstance(self.retrain, ReplayLR) and self._resting is None:
-            self._resting = trainer.lr_scheduler_configs
-            trainer.strategy.lr_scheduler_configs = []
-
-    def _restore_resting(self, configs: Sequence[Any]) -> None:
-        for config, state in zip(configs, self._rested or [], strict=False):
-            config.scheduler.load_state_dict(state)
-        self._rested = None
-
-    def _set_rates(self, trainer: L.Trainer, step: int) -> None:
-        for optimizer, rates in zip(trainer.optimizers, self._last_rates, strict=True):
-            for group, last in zip(optimizer.param_groups, rates, strict=True):
-                _set_back(group, {"lr": self.retrain.rate(DenseRates(last), step, self.rounds.trained)})
 
     def _reseed_loaders(self, trainer: L.Trainer, number: int) -> None:
         """Give the loaders the order and augmentation of round `number`, whose first epoch is that of the schedule."""
@@ -440,50 +366,12 @@ class IterativeMagnitudePruning(SparsityCallback):
         if self._limits is not None:
             trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = self._limits
             self._limits = None
-        if self._resting is not None:
-            trainer.strategy.lr_scheduler_configs = self._resting
-            self._resting = None
+        self._rates.release(trainer)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown. Choose {', '.join(map(repr, choices))}.")
-
-
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's numbers: learning rate, momentum, what schedulers have written there."""
-    return {key: copy.deepcopy(value) for key, value in group.items() if key != "params"}
-
-
-def _set_back(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    for key, value in settings.items():
-        if isinstance(group.get(key), Tensor):
-            group[key].fill_(value)  # a compiled or captured step reads this tensor
-        else:
-            group[key] = copy.deepcopy(value)
-
-
-def _fast_forward(trainer: L.Trainer, place: int, steps_per_epoch: int) -> None:
-    """Bring the schedulers to `place` of their schedule, as if so many steps had been made."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step", UserWarning)
-        for config in trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            if not isinstance(scheduler, ReduceLROnPlateau):
-                for _ in range(_scheduler_steps(trainer, config, place, steps_per_epoch)):
-                    scheduler.step()
-
-
-def _scheduler_steps(trainer: L.Trainer, config: Any, place: int, steps_per_epoch: int) -> int:
-    """How often Lightning calls a scheduler in the first `place` optimizer steps of a run."""
-    if config.interval == "epoch":
-        return int(place // steps_per_epoch // config.frequency)
-    if config.frequency == 1:
-        return place
-    # Lightning counts the batches of each epoch; `place` is a whole number of these.
-    batches, every = int(trainer.num_training_batches), trainer.accumulate_grad_batches
-    stepped = [number for number in range(1, batches + 1) if number % every == 0 or number == batches]
-    return place // steps_per_epoch * len([number for number in stepped if number % config.frequency == 0])
 
 
 def _to_cpu(state: Any) -> Any:

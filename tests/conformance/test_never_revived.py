@@ -16,7 +16,16 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAver
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from sparsetrain import Cubic, GradualMagnitudePruning, Masks, Movement, OneShot, Pruning, Selection
+from sparsetrain import (
+    Cubic,
+    GradualMagnitudePruning,
+    IterativeMagnitudePruning,
+    Masks,
+    Movement,
+    OneShot,
+    Pruning,
+    Selection,
+)
 
 MOMENTS = {"step", "batch end", "validation", "end"}
 
@@ -298,6 +307,24 @@ def test_two_callbacks_with_selections_apart_both_stay_exact():
     assert set(head.masks) == {"head.weight"}
     assert head.masks.sparsity() == 0.5
     assert body.masks.sparsity() == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.parametrize("optimizer_state", ["keep", "reset", "snapshot"])
+def test_rounds_that_rewind_leave_the_zeros_of_another_callback(optimizer_state):
+    body = IterativeMagnitudePruning(
+        1,
+        "2ep",
+        sparsity=0.8,
+        weights="rewind",
+        rewind_to="1ep",
+        optimizer_state=optimizer_state,
+        pruning=Pruning(Selection(include=("body.*",))),
+        check="full",
+    )
+    head = GradualMagnitudePruning(OneShot(0.5, at=7), pruning=Pruning(Selection(include=("head.*",))), check="full")
+    run = watched(body, head)
+    assert run.trainer.global_step == STEPS
+    assert head.masks.sparsity() == 0.5
 
 
 def test_weights_stay_zero_in_epochs_of_one_batch():

@@ -233,9 +233,9 @@ class Masks(Mapping[str, Tensor]):
                     state_dict[key] = weight.masked_fill(pruned, 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and primitives only; masks at 1 bit a weight."""
+        """Tensors and primitives only; masks at 1 bit a weight, and none of a tensor that is kept whole."""
         return {
-            "masks": {name: pack(mask) for name, mask in self.items()},
+            "masks": {name: pack(self[name]) for name in self.sparse_names()},
             "shapes": {name: list(mask.shape) for name, mask in self.items()},
             "asked": self._asked,
             "stats": self.stats.state_dict(),
@@ -251,9 +251,7 @@ class Masks(Mapping[str, Tensor]):
             self._pending = state
             return
         self._pending = None
-        shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
-        masks = {name: unpack(bits, shapes[name]) for name, bits in state["masks"].items()}
-        self.replace(masks, "The saved masks")
+        self.replace(masks_in(state), "The saved masks")
         self._asked = int(state["asked"])
         self.stats.load_state_dict(state["stats"])
 
@@ -336,6 +334,16 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     """The bool mask of `shape` that `pack` packed."""
     return ((bits.unsqueeze(1) & _BITS) != 0).flatten()[: shape.numel()].view(shape)
+
+
+def masks_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The masks that `Masks.state_dict` has packed: parameter name -> bool tensor, True = kept."""
+    shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
+    bits = state["masks"]
+    return {
+        name: unpack(bits[name], shape) if name in bits else torch.ones(shape, dtype=torch.bool)
+        for name, shape in shapes.items()
+    }
 
 
 _BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.callbacks.base import SparsityCallback
-from sparsetrain.masks import Pruning, load_masks, unpack
+from sparsetrain.masks import Pruning, load_masks, masks_in
 from sparsetrain.selection import Selection
 
 
@@ -68,4 +68,4 @@ def _read(path: Path) -> dict[str, Tensor]:
     found = [s for s in states.values() if isinstance(s, dict) and "masks" in s and "shapes" in s]
     if len(found) != 1:
         raise ValueError(f"{path} holds the masks of {len(found)} sparsity callbacks; it must be exactly one.")
-    return {name: unpack(bits, torch.Size(found[0]["shapes"][name])) for name, bits in found[0]["masks"].items()}
+    return masks_in(found[0])

@@ -69,6 +69,9 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
     [
         ("overhead", "summary_table", ["overhead/results/overhead.json"], "../README.md"),
         ("overhead", "detail_tables", ["overhead/results/overhead.json"], "overhead/README.md"),
+        ("overhead/checkpoints", "table", ["overhead/results/checkpoints.json"], "overhead/README.md"),
+        ("digits_lottery", "tables", ["digits_lottery/results/digits_lottery.json"], "digits_lottery/README.md"),
+        ("digits_lottery", "bars_table", ["digits_lottery/results/digits_lottery.json"], "../README.md"),
         ("kills", "table", ["kills/results/kills.json"], "kills/README.md"),
         ("kills", "table", ["kills/results/rounds.json"], "kills/README.md"),
         ("peers", "tables", ["peers/results/peers.json", "overhead/results/overhead.json"], "peers/README.md"),
@@ -77,8 +80,9 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
 def test_the_tables_are_those_of_the_results_files(
     name: str, tables: str, results: list[str], readme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(EXPERIMENTS / name)
-    experiment = importlib.import_module(name)
+    folder, _, module = name.rpartition("/")
+    monkeypatch.syspath_prepend(EXPERIMENTS / (folder or name))
+    experiment = importlib.import_module(module)
     contents = [json.loads((EXPERIMENTS / file).read_text()) for file in results]
     assert getattr(experiment, tables)(*contents) in (EXPERIMENTS / readme).read_text()
 

@@ -100,6 +100,16 @@ def _one_thread() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
+def tables(results: Mapping[str, Any]) -> str:
+    """Accuracies and all differences."""
+    return f"{accuracy_table(results['rows'])}\n\n{difference_table(results['rows'], SPARSITIES)}"
+
+
+def bars_table(results: Mapping[str, Any]) -> str:
+    """The differences at the sparsity that has bars."""
+    return difference_table(results["rows"], SPARSITIES[:1])
+
+
 def accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Test accuracy of the last round and its controls, mean +- standard deviation over seeds."""
     lines = []
@@ -123,11 +133,11 @@ LABELS = {
 }
 
 
-def difference_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def difference_table(rows: Sequence[Mapping[str, Any]], sparsities: Sequence[float]) -> str:
     """Paired differences in points, with their 95 % intervals and the bars."""
     bars = {"dense": ">= -1.0", "random_mask": ">= +1.0", "reinit": "> 0"}
     lines = []
-    for sparsity in SPARSITIES:
+    for sparsity in sparsities:
         for name, found in differences(rows, sparsity).items():
             bar = bars.get(name, "") if sparsity == SPARSITIES[0] else ""
             interval = f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
@@ -169,12 +179,12 @@ def write_report(results: Mapping[str, Any]) -> None:
     software = ", ".join(f"{name} {version}" for name, version in versions.items())
     facts = f"CPU, 1 thread a run; {software}; {results['date']}, commit {commit}."
     own, project = READMES
-    _replace(own, f"{accuracy_table(rows)}\n\n{difference_table(rows)}\n\n{facts}")
+    _replace(own, f"{tables(results)}\n\n{facts}")
     source = (
         "Made by `python experiments/digits_lottery/digits_lottery.py` from "
         "[its results](experiments/digits_lottery/results/digits_lottery.json)."
     )
-    _replace(project, f"{difference_table(rows)}\n\n{facts} {source}")
+    _replace(project, f"{bars_table(results)}\n\n{facts} {source}")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -2,12 +2,14 @@
 
 from sparsetrain.allocation import ERK, LAMP, Global, Uniform
 from sparsetrain.callbacks import (
+    BidirectionalWeightPruning,
     ExactResume,
     FixedMasks,
     GradualMagnitudePruning,
     IterativeMagnitudePruning,
     LotteryTicketRewinding,
     SparsityCallback,
+    StraightThroughNM,
     masks_of,
 )
 from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
@@ -23,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ERK",
     "LAMP",
+    "BidirectionalWeightPruning",
     "Constant",
     "Cubic",
     "ExactResume",
@@ -43,6 +46,7 @@ __all__ = [
     "Saliency",
     "Selection",
     "SparsityCallback",
+    "StraightThroughNM",
     "Ticket",
     "Uniform",
     "Unstructured",

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparsetrain.nm import check_nm, keep_largest
 from sparsetrain.topk import mask_largest
+from sparsetrain.transposable import best_tiles
 
 
 class Pattern(ABC):
@@ -43,3 +45,75 @@ class Unstructured(Pattern):
 
     def mask(self, score: Tensor, kept: int, cut: float | None = None) -> Tensor:
         return mask_largest(score, kept, cut)
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """Exactly n of every m consecutive weights along one axis of [out, in, ...]; so there is one count for a shape.
+
+    Groups of a convolution weight run along that axis at a fixed kernel position, as sparse tensor cores and NHWC
+    layouts have them.
+
+    Args:
+        n: kept per group.
+        m: size of a group.
+        axis: 1, the input dimension (the sum of the forward product), or 0, the output dimension (of the backward).
+
+    >>> NM(2, 4).mask(torch.tensor([[1.0, 3.0, 3.0, 3.0]]), kept=2).int()
+    tensor([[0, 1, 1, 0]], dtype=torch.int32)
+    """
+
+    n: int = 2
+    m: int = 4
+    axis: int = 1
+
+    def __post_init__(self) -> None:
+        check_nm(self.n, self.m)
+        if self.axis not in (0, 1):
+            raise ValueError(f"axis={self.axis} of NM must be 1 (the input dimension) or 0 (the output dimension).")
+
+    def reachable(self, shape: torch.Size, kept: int) -> int:
+        _check_divisible(self, shape, (self.axis,), self.m)
+        return shape.numel() // self.m * self.n
+
+    def mask(self, score: Tensor, kept: int, cut: float | None = None) -> Tensor:
+        return keep_largest(score, self.n, self.m, self.axis)
+
+
+@dataclass(frozen=True)
+class TransposableNM(Pattern):
+    """One mask with n of m in every row and column of every m x m tile of [out, in, ...], keeping the best sum.
+
+    It is exact, by trying all patterns of a tile: 90 for 2:4. Tiles lie at fixed kernel positions.
+
+    Args:
+        n: kept in each row and column of a tile.
+        m: size of a tile, at most 5; larger ones have too many patterns to try (4:8 has 10^11).
+
+    Source: Hubara et al. 2021, arXiv:2102.08124. Differs: the optimum, where they have a 2-approximation for speed.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self) -> None:
+        check_nm(self.n, self.m)
+        if self.m > 5:
+            raise ValueError(f"m={self.m} of TransposableNM must be at most 5: all patterns are tried. Take n=2, m=4.")
+
+    def reachable(self, shape: torch.Size, kept: int) -> int:
+        _check_divisible(self, shape, (0, 1), self.m)
+        return shape.numel() // self.m * self.n
+
+    def mask(self, score: Tensor, kept: int, cut: float | None = None) -> Tensor:
+        return best_tiles(score, self.n, self.m)
+
+
+def _check_divisible(pattern: Pattern, shape: torch.Size, axes: tuple[int, ...], m: int) -> None:
+    for axis in axes:
+        if len(shape) < 2 or shape[axis] % m:
+            side = ("output", "input")[axis]
+            raise ValueError(
+                f"{pattern} needs an {side} dimension (axis {axis}) divisible by {m}; got shape {tuple(shape)}. "
+                "Add it to `exclude`."
+            )

@@ -14,7 +14,11 @@ ROOT = Path(sparsetrain.__file__).parent
 # The first part of a module's name below `sparsetrain` decides its layer.
 LAYERS = {
     **dict.fromkeys(
-        ("steps", "schedules", "selection", "criteria", "allocation", "patterns", "rounds", "retrain", "topk", "rng"), 0
+        (
+            *("steps", "schedules", "selection", "criteria", "allocation", "patterns", "rounds", "retrain", "rng"),
+            *("topk", "nm", "transposable"),
+        ),
+        0,
     ),
     **dict.fromkeys(("masks", "stats", "snapshot", "tickets"), 1),
     **dict.fromkeys(("ops", "report", "soups", "export"), 2),
@@ -40,6 +44,7 @@ OPTIONAL = {
     "torchdata": ({"data"}, "top"),
     "sklearn": ({"data"}, "function"),
     "scipy": ({"report"}, "function"),
+    "triton": ({"ops"}, "top"),
 }
 
 

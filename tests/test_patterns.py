@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -7,8 +8,9 @@ from torch import Tensor, nn
 
 from sparsetrain.allocation import ERK, LAMP, Global, Uniform
 from sparsetrain.masks import Masks, Pruning, prune
-from sparsetrain.patterns import Pattern, Unstructured
+from sparsetrain.patterns import NM, Pattern, TransposableNM, Unstructured
 from sparsetrain.selection import Selection
+from sparsetrain.transposable import tile_patterns
 
 
 @dataclass(frozen=True)
@@ -151,3 +153,87 @@ def test_the_error_of_a_pattern_that_does_not_fit_comes_at_bind():
 def test_marked_scores_come_last_in_a_pattern():
     score = torch.tensor([[1.0, -math.inf, -math.inf, 0.5]])
     assert TwoOfFour().mask(score, 2).tolist() == [[True, False, False, True]]
+
+
+def best_tile_by_brute_force(score, n, m):
+    """The best of all m x m tiles with row and column sums n, the first in lexicographic order of kept places."""
+    tiles = [
+        torch.tensor(tile, dtype=torch.bool)
+        for tile in itertools.product(itertools.product([1, 0], repeat=m), repeat=m)
+        if all(sum(row) == n for row in tile) and all(sum(column) == n for column in zip(*tile, strict=True))
+    ]
+    kept = [float(score.double()[tile].sum()) for tile in tiles]
+    return tiles[kept.index(max(kept))]
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 3), (2, 3)])
+def test_a_transposable_mask_keeps_the_best_sum_of_every_tile(n, m):
+    for score in (torch.randint(0, 4, (2 * m, m)).float(), torch.rand(2 * m, m)):
+        mask = TransposableNM(n, m).mask(score, 2 * m * n)
+        assert torch.equal(mask[:m], best_tile_by_brute_force(score[:m], n, m))
+        assert torch.equal(mask[m:], best_tile_by_brute_force(score[m:], n, m))
+
+
+def test_there_are_90_patterns_of_two_in_four_in_both_directions():
+    choices, patterns = tile_patterns(2, 4)
+    assert len(patterns) == len(choices) == 90
+    assert len({tuple(pattern.flatten().tolist()) for pattern in patterns}) == 90
+    assert (patterns.sum(1) == 2).all()
+    assert (patterns.sum(2) == 2).all()
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (8, 4, 3, 3), (8, 4, 2)])
+def test_masks_hold_n_of_m_along_their_axes_at_every_kernel_position(shape):
+    score = torch.rand(shape)
+    score[score < 0.3] = 0.0
+    score[score > 0.9] = -math.inf
+    for pattern, axes in ((NM(1, 4, 0), [0]), (NM(3, 4, 1), [1]), (TransposableNM(2, 4), [0, 1])):
+        mask = pattern.mask(score, pattern.reachable(score.shape, 0))
+        assert int(mask.sum()) == pattern.reachable(score.shape, 0)
+        for axis in axes:
+            assert (mask.movedim(axis, -1).reshape(-1, 4).sum(1) == pattern.n).all()
+        transposed = score.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(pattern.mask(transposed, int(mask.sum())), mask)
+
+
+def test_nm_agrees_with_two_of_four_and_prunes_in_one_shot():
+    score = torch.randint(0, 3, (6, 16)).float()
+    assert torch.equal(NM(2, 4).mask(score, 48), TwoOfFour().mask(score, 48))
+    module = mlp()
+    masks = prune(module, 0.5, Pruning(pattern=NM(2, 4, axis=0)))
+    assert all((mask.t().reshape(-1, 4).sum(1) == 2).all() for mask in masks.values())
+    masks = prune(mlp(), 0.5, Pruning(pattern=TransposableNM()))
+    assert masks.sparsity() == 0.5
+
+
+def test_nm_masks_are_nested_without_regrowing():
+    module = mlp()
+    masks = bound(NM(2, 4), module)
+    masks.update(0.5)
+    before = {name: mask.clone() for name, mask in masks.items()}
+    masks.apply_()
+    for parameter in module.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    masks.update(0.5)
+    assert all(torch.equal(masks[name], before[name]) for name in masks)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NM(4, 4), r"n=4 of m=4 must satisfy 1 <= n < m"),
+        (lambda: NM(0, 4), r"n=0 of m=4"),
+        (lambda: NM(2, 4, axis=2), r"axis=2 of NM must be 1 \(the input dimension\) or 0"),
+        (lambda: TransposableNM(4, 8), r"m=8 of TransposableNM must be at most 5"),
+        (
+            lambda: NM(2, 4).reachable(torch.Size((8, 6)), 0),
+            r"an input dimension \(axis 1\) divisible by 4; got .*8, 6",
+        ),
+        (lambda: NM(2, 4, 0).reachable(torch.Size((6, 8)), 0), r"an output dimension \(axis 0\) divisible by 4"),
+        (lambda: NM(2, 4).reachable(torch.Size((8,)), 0), r"got shape \(8,\). Add it to `exclude`"),
+        (lambda: TransposableNM().reachable(torch.Size((8, 6)), 0), r"an input dimension"),
+    ],
+)
+def test_errors_of_group_patterns_name_the_value_and_the_limit(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

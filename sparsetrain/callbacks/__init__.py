@@ -5,14 +5,17 @@ from sparsetrain.callbacks.fixed import FixedMasks, masks_of
 from sparsetrain.callbacks.gradual import GradualMagnitudePruning
 from sparsetrain.callbacks.iterative import IterativeMagnitudePruning
 from sparsetrain.callbacks.lottery import LotteryTicketRewinding
+from sparsetrain.callbacks.nm import BidirectionalWeightPruning, StraightThroughNM
 from sparsetrain.callbacks.resume import ExactResume
 
 __all__ = [
+    "BidirectionalWeightPruning",
     "ExactResume",
     "FixedMasks",
     "GradualMagnitudePruning",
     "IterativeMagnitudePruning",
     "LotteryTicketRewinding",
     "SparsityCallback",
+    "StraightThroughNM",
     "masks_of",
 ]

@@ -136,6 +136,19 @@ class SparsityCallback(L.Callback, ABC):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.run = _run_length(trainer)
         self.prepare(trainer)
+        self.take_hold(trainer, pl_module)
+        self._final_step = self.final_step()
+        if not self.at_target:
+            self._held_back = HeldBackCheckpoints(_callbacks(trainer))
+            if self._held_back:
+                rank_zero_info(
+                    f"Monitored checkpoints are kept once the final sparsity is reached (step {self._final_step}); "
+                    "with save_last, the last one is saved all the while."
+                )
+        rank_zero_info(f"{type(self).__name__}:\n{plan_table(self.plan)}")
+
+    def take_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Bind the masks, as they were or new, and follow the optimizers that hold what they prune."""
         self.masks.bind(pl_module)
         self._check_owner(trainer)
         if self._restored is None:
@@ -150,16 +163,14 @@ class SparsityCallback(L.Callback, ABC):
             rank_zero_info(
                 f"Steps are those of optimizer {trainer.optimizers.index(counted)} ({type(counted).__name__})."
             )
+        self.apply()
+
+    def read_masks(self) -> None:
+        """Bring `masks` up to date, where they follow from the weights; elsewhere they are."""
+
+    def apply(self) -> None:
+        """Zero the pruned weights again; called where something else may have written weights."""
         self.masks.apply_()
-        self._final_step = self.final_step()
-        if not self.at_target:
-            self._held_back = HeldBackCheckpoints(_callbacks(trainer))
-            if self._held_back:
-                rank_zero_info(
-                    f"Monitored checkpoints are kept once the final sparsity is reached (step {self._final_step}); "
-                    "with save_last, the last one is saved all the while."
-                )
-        rank_zero_info(f"{type(self).__name__}:\n{plan_table(self.plan)}")
 
     @property
     def at_target(self) -> bool:
@@ -167,10 +178,10 @@ class SparsityCallback(L.Callback, ABC):
         return self._final_step is not None and self.step > self._final_step
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.masks.apply_()  # weight averaging may have written its averages
+        self.apply()  # weight averaging may have written its averages
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.masks.apply_()
+        self.apply()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         assert self._follower is not None
@@ -226,7 +237,7 @@ class SparsityCallback(L.Callback, ABC):
         """Zero the pruned weights, and their optimizer state, after something else has written there."""
         if self._follower is not None:
             self._follower.refresh_state()
-        self.masks.apply_()
+        self.apply()
 
     def state_dict(self) -> dict[str, Any]:
         return {

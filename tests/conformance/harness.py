@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 
-from sparsetrain import ExactResume, SparsityCallback
+from sparsetrain import ExactResume, SparsityCallback, ops
 from sparsetrain.data import InMemoryLoader
 
 SAMPLES, BATCH, EPOCHS = 40, 8, 3
@@ -173,6 +173,7 @@ class Watch(Checkpoint):
     def look(self, trainer: L.Trainer, weights: Mapping[str, Tensor], moment: str) -> None:
         for callback in trainer.callbacks:
             if isinstance(callback, SparsityCallback):
+                callback.read_masks()
                 for name, mask in callback.masks.items():
                     assert not weights[name][~mask].any(), (moment, name, callback.step)
                     assert self.regrow or not (mask & ~self.before.get(name, mask)).any(), ("regrown", name)
@@ -180,25 +181,33 @@ class Watch(Checkpoint):
                     self.seen[moment] += int(not mask.all())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        weights = dict(pl_module.named_parameters())
-        self.look(trainer, weights, "start")
+        self.look(trainer, weights_in_use(pl_module), "start")
         for optimizer in trainer.optimizers:
-            hook = optimizer.register_step_post_hook(lambda *_: self.look(trainer, weights, "step"))
+            hook = optimizer.register_step_post_hook(lambda *_: self.look(trainer, weights_in_use(pl_module), "step"))
             self.handles.append(hook)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self.look(trainer, dict(pl_module.named_parameters()), "batch end")
+        self.look(trainer, weights_in_use(pl_module), "batch end")
 
     def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self.look(trainer, dict(pl_module.named_parameters()), "validation")
+        self.look(trainer, weights_in_use(pl_module), "validation")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.look(trainer, checkpoint["state_dict"], "checkpoint")
+        key = "state_dict"
+        if "current_model_state" in checkpoint and any(True for _ in ops.effective_layers(pl_module)):
+            key = "current_model_state"  # the average of masters in the other one has masks of its own
+        self.look(trainer, checkpoint[key], "checkpoint")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for handle in self.handles:
             handle.remove()
-        self.look(trainer, dict(pl_module.named_parameters()), "end")
+        self.look(trainer, weights_in_use(pl_module), "end")
+
+
+def weights_in_use(module: L.LightningModule) -> dict[str, Tensor]:
+    """The weights that the forward pass multiplies with, by parameter name."""
+    effective = {f"{name}.weight": layer.effective()[0] for name, layer in ops.effective_layers(module)}
+    return dict(module.named_parameters()) | effective
 
 
 @dataclass(frozen=True)

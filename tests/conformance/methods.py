@@ -12,6 +12,7 @@ from conformance.harness import TinyModule
 from sparsetrain import (
     ERK,
     LAMP,
+    BidirectionalWeightPruning,
     Cubic,
     FixedMasks,
     Global,
@@ -25,6 +26,7 @@ from sparsetrain import (
     Random,
     Saliency,
     SparsityCallback,
+    StraightThroughNM,
     Ticket,
     Uniform,
     prune,
@@ -41,6 +43,7 @@ class Method:
         make: a new callback; takes `check`.
         sparsity: of the trained network, over the maskable weights.
         regrow: whether pruned weights may come back.
+        converts: whether it changes layers, so that what copies the module must come after it.
         many_rounds: whether it refuses what mixes the weights of different rounds.
     """
 
@@ -48,6 +51,7 @@ class Method:
     make: Callable[..., SparsityCallback]
     sparsity: float
     regrow: bool = False
+    converts: bool = False
     many_rounds: bool = False
 
 
@@ -84,6 +88,10 @@ def ticket(**settings: str) -> LotteryTicketRewinding:
         )
 
 
+def n_of_m(method: Callable[..., SparsityCallback], *numbers: int, **choices: Any) -> Callable[..., SparsityCallback]:
+    return lambda check="full": method(*numbers, **choices)  # masks are functions of the weights: nothing to check
+
+
 METHODS = (
     Method("gradual", gradual(Pruning()), 0.8),
     Method("saliency_uniform", gradual(Pruning(criterion=Saliency(), allocation=Uniform())), 0.8),
@@ -101,8 +109,12 @@ METHODS = (
     Method("rounds_fine_tuned", rounds(2, "1ep", retrain=LastLR()), 0.8, many_rounds=True),
     Method("lottery", lottery, 0.8, many_rounds=True),
     Method("ticket", ticket, 0.7, many_rounds=True),
+    Method("bidirectional", n_of_m(BidirectionalWeightPruning, decay=1e-2), 0.5, regrow=True, converts=True),
+    Method("straight_through", n_of_m(StraightThroughNM, 1, 4, decay=1e-2), 0.75, regrow=True, converts=True),
+    Method("transposable", n_of_m(StraightThroughNM, transposable=True, refresh="4it"), 0.5, True, converts=True),
 )
 
+CONVERTING = tuple(method for method in METHODS if method.converts)
 MANY_ROUNDS = tuple(method for method in METHODS if method.many_rounds)
 
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

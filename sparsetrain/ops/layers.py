@@ -1,0 +1,230 @@
+"""Linear and convolution layers that compute with effective weights, made from plain ones in place and undone exactly.
+
+Only the class of a module changes: its Parameters, their names, its hooks and every reference to it stay.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparsetrain.ops import autograd
+from sparsetrain.ops.rules import NMRule
+from sparsetrain.selection import PlanRow, Selection
+
+_OWN = ("rule", "_cached", "_held")  # attributes that conversion adds
+
+
+class _Effective(nn.Module):
+    """What both layers share: a rule, a cache of effective weights, and a mask that may be held fixed."""
+
+    weight: Tensor
+    rule: NMRule
+    _cached: tuple[Tensor, Tensor] | None  # plain attributes: never in the state dict, copied by deepcopy and pickle
+    _held: Tensor | None
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask of the forward product: the held one, or that of the present weights; bool, the weight's shape."""
+        return self.rule.mask(self.weight) if self._held is None else self._held
+
+    def effective(self) -> tuple[Tensor, Tensor]:
+        """The weights of the forward product and of the input gradient, in the dtype of a plain layer's product here.
+
+        They come from the cache if `refresh_` has filled it for that dtype and device, else from the present weights.
+        """
+        dtype, cached = autograd.compute_dtype(self.weight), self._cached
+        if cached is not None and cached[0].dtype == dtype and cached[0].device == self.weight.device:
+            return cached
+        return self.rule.weights(self.weight, dtype, mask=self._held)
+
+    def refresh_(self, dtype: torch.dtype | None = None) -> None:
+        """Compute the effective weights now; every forward uses them until the next `refresh_` or `forget`.
+
+        Call it after each change of the weight: nothing here notices one. The cache keeps its storage as long as dtype,
+        device and shape stay, so compiled graphs remain valid; a graph whose backward has yet to run is then refused by
+        autograd ("modified by an inplace operation").
+
+        Args:
+            dtype: the compute dtype, as bfloat16 under autocast; None: the weight's own.
+        """
+        # Lightning validates in inference mode; tensors made there could not be saved for a later backward.
+        with torch.inference_mode(False), torch.no_grad():
+            dtype = dtype or self.weight.dtype
+            if self._cached is None or not _fits(self._cached[0], self.weight, dtype):
+                forward = torch.empty_like(self.weight, dtype=dtype)
+                self._cached = (forward, forward if self.rule.one_mask else torch.empty_like(forward))
+            self.rule.write_(*self._cached, self.weight, mask=self._held)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save the forward product's weights, under the name that the plain layer gives them."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        key = f"{prefix}weight"
+        destination[key] = destination[key].masked_fill(~self.mask, 0)
+
+    def forget(self) -> None:
+        """Drop the cache: each forward computes the effective weights again."""
+        self._cached = None
+
+    def hold_(self, mask: Tensor | None) -> None:
+        """Keep `mask` for both products whatever the weights become, until `hold_(None)`; forgets the cache.
+
+        Args:
+            mask: bool, the weight's shape, as `mask` gave it at some time.
+
+        Raises:
+            ValueError: the rule is bidirectional, or the mask is not a bool tensor of the weight's shape.
+        """
+        if mask is not None:
+            if not self.rule.one_mask:
+                raise ValueError("A bidirectional rule has two masks, so one cannot be held. Use another `backward`.")
+            if mask.dtype != torch.bool or mask.shape != self.weight.shape:
+                raise ValueError(
+                    f"The mask is {mask.dtype} {tuple(mask.shape)}; needed is torch.bool {tuple(self.weight.shape)}."
+                )
+            mask = torch.empty_like(self.weight, dtype=torch.bool).copy_(mask)
+        self._held = mask
+        self.forget()
+
+
+class EffectiveLinear(_Effective, nn.Linear):
+    """A linear layer with effective weights; made by `convert`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return autograd.linear(x, self.weight, self.bias, *self.effective())
+
+
+class EffectiveConv2d(_Effective, nn.Conv2d):
+    """A 2-D convolution with effective weights; made by `convert`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padding: tuple[int, ...] = (0, 0)
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+        elif not isinstance(self.padding, str):
+            padding = self.padding
+        elif self.padding == "same":
+            # An even kernel needs one more on the right than on the left, which a convolution cannot take.
+            x = F.pad(x, self._reversed_padding_repeated_twice)
+        return autograd.conv2d(
+            x,
+            self.weight,
+            self.bias,
+            *self.effective(),
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+
+_EFFECTIVE: dict[type, type[EffectiveLinear] | type[EffectiveConv2d]] = {
+    nn.Linear: EffectiveLinear,
+    nn.Conv2d: EffectiveConv2d,
+}
+_PLAIN: dict[type, type] = {effective: plain for plain, effective in _EFFECTIVE.items()}
+
+EffectiveLayer = EffectiveLinear | EffectiveConv2d
+
+
+def convert(module: nn.Module, rule: NMRule, *, where: Selection = Selection()) -> tuple[PlanRow, ...]:
+    """Let the chosen linear and 2-D convolution layers of `module` compute by `rule`, in place.
+
+    Args:
+        module: any module; its Parameters and their names stay.
+        rule: gives the effective weights.
+        where: globs over parameter names.
+
+    Returns:
+        One row per parameter: whether its layer was converted (`pruned`), and the reason.
+
+    Raises:
+        ValueError: a glob that matches nothing, nothing that can be converted, or a module that has been already.
+    """
+    for name, _ in effective_layers(module):
+        raise ValueError(f"{name!r} is converted already. Call fold(module) or unconvert(module) first.")
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    rows: list[PlanRow] = []
+    layers: list[Any] = []  # their class is about to change
+    for row in where.plan(module):
+        obstacle: str | None = row.reason
+        if row.pruned:
+            owner, _, attribute = row.name.rpartition(".")
+            layer = module.get_submodule(owner)
+            obstacle = _obstacle(module, owner, attribute, names[id(layer.get_parameter(attribute))])
+            if obstacle is None:
+                obstacle = rule.obstacle(layer)  # type: ignore[arg-type]
+            if obstacle is None:
+                layers.append(layer)
+        converted = obstacle is None
+        rows.append(PlanRow(row.name, row.shape, converted, str(rule) if converted else str(obstacle)))
+    if not layers:
+        reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows[:8])
+        raise ValueError(f"No layer of {type(module).__name__} can hold {rule}: {reasons}. Choose others in `where`.")
+    for layer in layers:
+        layer.__class__ = _EFFECTIVE[type(layer)]
+        layer.rule, layer._cached, layer._held = rule, None, None
+    return tuple(rows)
+
+
+def effective_layers(module: nn.Module) -> Iterator[tuple[str, EffectiveLayer]]:
+    """The converted layers in `module`, itself included, by name."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, EffectiveLinear | EffectiveConv2d):
+            yield name, layer
+
+
+def masks(module: nn.Module) -> dict[str, Tensor]:
+    """The mask of each converted layer's forward product, by parameter name; True = kept."""
+    return {_join(name, "weight"): layer.mask for name, layer in effective_layers(module)}
+
+
+def unconvert(module: nn.Module) -> None:
+    """Make every converted layer in `module` the plain one that it was; the dense master weights stay."""
+    for _, layer in list(effective_layers(module)):
+        for attribute in _OWN:
+            delattr(layer, attribute)
+        layer.__class__ = _PLAIN[type(layer)]
+
+
+@torch.no_grad()
+def fold(module: nn.Module) -> dict[str, Tensor]:
+    """Set every weight that the forward product does not use to 0, in place, and undo the conversion.
+
+    Returns:
+        The masks, by parameter name; True = kept.
+    """
+    folded = masks(module)
+    for name, layer in effective_layers(module):
+        layer.weight.masked_fill_(~folded[_join(name, "weight")], 0)
+    unconvert(module)
+    return folded
+
+
+def _obstacle(root: nn.Module, owner: str, attribute: str, names: list[str]) -> str | None:
+    """Why the layer called `owner` cannot be converted, whatever the rule."""
+    layer = root.get_submodule(owner)
+    parent = root.get_submodule(owner.rpartition(".")[0]) if owner else None
+    if isinstance(layer, nn.MultiheadAttention) or isinstance(parent, nn.MultiheadAttention):
+        return "attention projection: nn.MultiheadAttention multiplies it without calling a layer"
+    if type(layer) not in _EFFECTIVE:
+        return f"{type(layer).__name__} is not exactly nn.Linear or nn.Conv2d"
+    if len(names) > 1:
+        return f"tied: also called {', '.join(name for name in names if name != _join(owner, attribute))}"
+    if "forward" in vars(layer):
+        return "its forward is replaced on the instance"
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return "nn.TransformerEncoderLayer's fast path skips the layer: torch.backends.mha.set_fastpath_enabled(False)"
+    return None
+
+
+def _fits(cached: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
+    return cached.dtype == dtype and cached.device == weight.device and cached.stride() == weight.stride()
+
+
+def _join(owner: str, attribute: str) -> str:
+    return f"{owner}.{attribute}" if owner else attribute

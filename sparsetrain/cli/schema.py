@@ -16,10 +16,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparsetrain.allocation import ERK, LAMP, Global, Uniform
 from sparsetrain.callbacks import (
+    BidirectionalWeightPruning,
     FixedMasks,
     GradualMagnitudePruning,
     IterativeMagnitudePruning,
     LotteryTicketRewinding,
+    StraightThroughNM,
 )
 from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
 from sparsetrain.models import ConstantLR, Cosine, LinearDecay, MultiStep
@@ -32,6 +34,8 @@ SCHEMAS: Mapping[str, Mapping[str, type]] = {
         "fixed_masks": FixedMasks,
         "imp": IterativeMagnitudePruning,
         "lottery": LotteryTicketRewinding,
+        "bdwp": BidirectionalWeightPruning,
+        "straight_through": StraightThroughNM,
     },
     "schedule": {"constant": Constant, "one_shot": OneShot, "linear": Linear, "cubic": Cubic},
     "criterion": {"magnitude": Magnitude, "random": Random, "saliency": Saliency, "movement": Movement},

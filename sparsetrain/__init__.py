@@ -14,7 +14,7 @@ from sparsetrain.callbacks import (
 )
 from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
 from sparsetrain.masks import Masks, Pruning, load_masks, prune, save_masks
-from sparsetrain.patterns import Unstructured
+from sparsetrain.patterns import NM, TransposableNM, Unstructured
 from sparsetrain.retrain import LastLR, ReplayLR
 from sparsetrain.schedules import Constant, Cubic, Linear, OneShot
 from sparsetrain.selection import Selection, first_and_last
@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ERK",
     "LAMP",
+    "NM",
     "BidirectionalWeightPruning",
     "Constant",
     "Cubic",
@@ -48,6 +49,7 @@ __all__ = [
     "SparsityCallback",
     "StraightThroughNM",
     "Ticket",
+    "TransposableNM",
     "Uniform",
     "Unstructured",
     "first_and_last",

@@ -1,8 +1,7 @@
 """Iterative magnitude pruning: many rounds of pruning and retraining in one fit."""
 
-import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -11,10 +10,10 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.callbacks.optimizer_snapshot import OptimizerSnapshot
 from sparsetrain.callbacks.rates import RoundRates, fast_forward
 from sparsetrain.masks import Pruning
 from sparsetrain.retrain import ReplayLR, Retrain
@@ -79,7 +78,7 @@ class IterativeMagnitudePruning(SparsityCallback):
     _seed: int
     _origin: str
     _snapshot: Snapshot | None
-    _optimizers: list[dict[str, Any]] | None
+    _optimizers: OptimizerSnapshot | None
     _rates: RoundRates
     _limits: tuple[int | None, int] | None
 
@@ -221,7 +220,7 @@ class IterativeMagnitudePruning(SparsityCallback):
             "seed": self._seed,
             "origin": self._origin,
             "snapshot": None if self._snapshot is None else dict(self._snapshot.tensors),
-            "optimizers": None if self._optimizers is None else [self._packed(saved) for saved in self._optimizers],
+            "optimizers": None if self._optimizers is None else self._optimizers.packed(self.masks),
             "rates": self._rates.state_dict(),
         }
 
@@ -255,7 +254,7 @@ class IterativeMagnitudePruning(SparsityCallback):
         self._origin = state["origin"]
         self._snapshot = None if state["snapshot"] is None else Snapshot(state["snapshot"])
         optimizers = state["optimizers"]
-        self._optimizers = None if optimizers is None else [self._unpacked(saved) for saved in optimizers]
+        self._optimizers = None if optimizers is None else OptimizerSnapshot.unpacked(optimizers, self.masks)
         self._rates.load_state_dict(state["rates"])
 
     def _check_lengths(self) -> None:
@@ -327,14 +326,7 @@ class IterativeMagnitudePruning(SparsityCallback):
             snapshot = Snapshot.of(pl_module)
             self._snapshot = trainer.strategy.broadcast(snapshot) if trainer.world_size > 1 else snapshot
         if self.optimizer_state == "snapshot":
-            names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
-            self._optimizers = [
-                {
-                    "names": [names[id(p)] for group in optimizer.param_groups for p in group["params"]],
-                    "state": _to_cpu(optimizer.state_dict()["state"]),
-                }
-                for optimizer in trainer.optimizers
-            ]
+            self._optimizers = OptimizerSnapshot.of(trainer.optimizers, pl_module)
         self._rates.remember(trainer)
 
     def _begin_round(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -349,45 +341,13 @@ class IterativeMagnitudePruning(SparsityCallback):
         self._rates.begin_round(trainer)
         rank_zero_info(f"Round {self.round} of {self.rounds.count}: sparsity {self.masks.sparsity():.4%}.")
 
-    def _packed(self, optimizer: Mapping[str, Any]) -> dict[str, Any]:
-        """An optimizer's remembered state without the pruned places, which do not come back."""
-
-        def pack(value: Any, mask: Tensor) -> Any:
-            elementwise = isinstance(value, Tensor) and value.shape == mask.shape
-            return {"kept": value[mask]} if elementwise and not mask.all() else value
-
-        return self._each_entry(optimizer, pack)
-
-    def _unpacked(self, optimizer: Mapping[str, Any]) -> dict[str, Any]:
-        """What `_packed` has packed, with zeros at the pruned places."""
-
-        def unpack(value: Any, mask: Tensor) -> Any:
-            if not isinstance(value, Mapping):
-                return value
-            whole = torch.zeros(mask.shape, dtype=value["kept"].dtype)
-            whole[mask] = value["kept"]
-            return whole
-
-        return self._each_entry(optimizer, unpack)
-
-    def _each_entry(self, optimizer: Mapping[str, Any], change: Callable[[Any, Tensor], Any]) -> dict[str, Any]:
-        names, state = optimizer["names"], dict(optimizer["state"])
-        for index, entries in state.items():
-            if names[index] in self.masks:
-                mask = self.masks[names[index]].cpu()
-                state[index] = {key: change(value, mask) for key, value in entries.items()}
-        return {"names": names, "state": state}
-
     def _set_optimizers_back(self, optimizers: list[Optimizer]) -> None:
         if self.optimizer_state == "keep":
             return
-        for index, optimizer in enumerate(optimizers):
+        for optimizer in optimizers:
             optimizer.state.clear()
-            if self._optimizers is not None:
-                groups, numbers = optimizer.param_groups, optimizer.state_dict()["param_groups"]
-                state = copy.deepcopy(self._optimizers[index]["state"])
-                optimizer.load_state_dict({"state": state, "param_groups": numbers})
-                optimizer.param_groups = groups  # loading has put copies there, also of tensors
+        if self._optimizers is not None:
+            self._optimizers.restore_(optimizers)
 
     def _reseed_loaders(self, trainer: L.Trainer, number: int) -> None:
         """Give the loaders the order and augmentation of round `number`, whose first epoch is that of the schedule."""
@@ -410,15 +370,6 @@ class IterativeMagnitudePruning(SparsityCallback):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown. Choose {', '.join(map(repr, choices))}.")
-
-
-def _to_cpu(state: Any) -> Any:
-    """A copy, with every tensor on the CPU."""
-    if isinstance(state, Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, Mapping):
-        return {key: _to_cpu(value) for key, value in state.items()}
-    return copy.deepcopy(state)
 
 
 def _loaders(trainer: L.Trainer) -> Iterator[Any]:

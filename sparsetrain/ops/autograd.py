@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsetrain.ops import reference
+from sparsetrain.ops import library, reference
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, forward: Tensor, backward: Tensor) -> Tensor:
@@ -29,6 +29,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, forward: Tensor, back
     """
     x, bias = _as_autocast(x, bias, forward.dtype)
     y: Tensor = _Linear.apply(x, weight, bias, forward, _unless_same(backward, forward))
+    return y
+
+
+def sparse_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, forward: Tensor, backward: Tensor, *, sparse_backward: bool
+) -> Tensor:
+    """The same products as `linear`, by sparse kernels.
+
+    Args:
+        x: [..., in].
+        weight: the dense master, [out, in] or [out, in, 1, 1]; it only receives the gradient.
+        bias: [out] or None.
+        forward: `library.compress` of W_f [out, in].
+        backward: `library.compress` of W_b^T [in, out] if `sparse_backward`, else W_b itself, dense, [out, in].
+        sparse_backward: whether the input gradient is a sparse product too.
+    """
+    x, bias = _as_autocast(x, bias, forward.dtype)
+    y: Tensor = _SparseLinear.apply(x, weight, bias, forward, backward, sparse_backward)
     return y
 
 
@@ -98,6 +116,36 @@ class _Linear(torch.autograd.Function):
         needs = ctx.needs_input_grad
         dx, dw, db = reference.linear_backward(g, x, backward, (needs[0], needs[1], needs[2]))
         return dx, dw if dw is None else dw.to(ctx.weight_dtype), db, None, None
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        forward: Tensor,
+        backward: Tensor,
+        sparse_backward: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, backward)
+        ctx.weight_dtype, ctx.weight_shape, ctx.sparse_backward = weight.dtype, weight.shape, sparse_backward
+        y: Tensor = library.spmm(forward, x.reshape(-1, x.shape[-1]), bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, backward = ctx.saved_tensors
+        needs, rows = ctx.needs_input_grad, g.reshape(-1, g.shape[-1])
+        dense_dx = needs[0] and not ctx.sparse_backward
+        dx, dw, db = reference.linear_backward(g, x, backward, (dense_dx, needs[1], needs[2]))
+        if needs[0] and ctx.sparse_backward:
+            dx = library.spmm(backward, rows, None).view(x.shape)
+        if dw is not None:
+            dw = dw.to(ctx.weight_dtype).view(ctx.weight_shape)
+        return dx, dw, db, None, None, None
 
 
 class _Conv2d(torch.autograd.Function):

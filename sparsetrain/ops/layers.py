@@ -4,17 +4,17 @@ Only the class of a module changes: its Parameters, their names, its hooks and e
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsetrain.ops import autograd
+from sparsetrain.ops import autograd, cusparselt, library
 from sparsetrain.ops.rules import NMRule
 from sparsetrain.selection import PlanRow, Selection
 
-_OWN = ("rule", "_cached", "_held")  # attributes that conversion adds
+_OWN = ("rule", "backend", "_cached", "_held", "_compressed")  # attributes that conversion adds
 
 
 class _Effective(nn.Module):
@@ -24,6 +24,8 @@ class _Effective(nn.Module):
     rule: NMRule
     _cached: tuple[Tensor, Tensor] | None  # plain attributes: never in the state dict, copied by deepcopy and pickle
     _held: Tensor | None
+    _compressed: tuple[Tensor, Tensor] | None
+    backend: Literal["reference", "cusparselt"]  # set by `policy.choose`
 
     @property
     def mask(self) -> Tensor:
@@ -53,6 +55,14 @@ class _Effective(nn.Module):
         # Lightning validates in inference mode; tensors made there could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             dtype = dtype or self.weight.dtype
+            if self.runs_sparse(dtype):
+                new, self._cached = self._compress(dtype), None
+                if self._compressed is None or any(map(_differ, self._compressed, new)):
+                    self._compressed = new
+                for old, value in zip(self._compressed, new, strict=True):
+                    if old is not value:
+                        old.copy_(value)
+                return
             if self._cached is None or not _fits(self._cached[0], self.weight, dtype):
                 forward = torch.empty_like(self.weight, dtype=dtype)
                 self._cached = (forward, forward if self.rule.one_mask else torch.empty_like(forward))
@@ -66,7 +76,30 @@ class _Effective(nn.Module):
 
     def forget(self) -> None:
         """Drop the cache: each forward computes the effective weights again."""
-        self._cached = None
+        self._cached = self._compressed = None
+
+    def runs_sparse(self, dtype: torch.dtype) -> bool:
+        """Whether the products in `dtype` are those of sparse kernels."""
+        return self.backend == "cusparselt" and dtype in cusparselt.DTYPES
+
+    def _compress(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The operands of `autograd.sparse_linear`, from the present weights; a 1x1 kernel as a matrix."""
+        matrix = self.weight.detach().flatten(1)
+        if self.rule.backward == "bidirectional":
+            forward, backward_t = library.prune_dual_t(matrix, self.rule.n, self.rule.m, dtype)
+            return library.compress(forward), library.compress(backward_t)
+        held = None if self._held is None else self._held.flatten(1)
+        forward = self.rule.weights(matrix, dtype, mask=held)[0].contiguous()
+        if self.rule.backward == "dense":
+            return library.compress(forward), forward
+        return library.compress(forward), library.compress(forward.t().contiguous())
+
+    def _sparse_product(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """The product of x [..., in] by sparse kernels, from the cache if it is of this dtype."""
+        operands = self._compressed
+        if operands is None or operands[0].dtype != dtype or operands[0].device != self.weight.device:
+            operands = self._compress(dtype)
+        return autograd.sparse_linear(x, self.weight, bias, *operands, sparse_backward=self.rule.backward != "dense")
 
     def hold_(self, mask: Tensor | None) -> None:
         """Keep `mask` for both products whatever the weights become, until `hold_(None)`; forgets the cache.
@@ -93,6 +126,9 @@ class EffectiveLinear(_Effective, nn.Linear):
     """A linear layer with effective weights; made by `convert`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = autograd.compute_dtype(self.weight)
+        if self.runs_sparse(dtype):
+            return self._sparse_product(x, self.bias, dtype)
         return autograd.linear(x, self.weight, self.bias, *self.effective())
 
 
@@ -100,6 +136,11 @@ class EffectiveConv2d(_Effective, nn.Conv2d):
     """A 2-D convolution with effective weights; made by `convert`."""
 
     def forward(self, x: Tensor) -> Tensor:
+        dtype = autograd.compute_dtype(self.weight)
+        if self.runs_sparse(dtype):  # a 1x1 kernel without padding: in channels_last the permutations copy nothing
+            rows, columns = self.stride
+            x = x[..., ::rows, ::columns].movedim(-3, -1)
+            return self._sparse_product(x, self.bias, dtype).movedim(-1, -3)
         padding: tuple[int, ...] = (0, 0)
         if self.padding_mode != "zeros":
             x = F.pad(x, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -167,7 +208,8 @@ def convert(module: nn.Module, rule: NMRule, *, where: Selection = Selection()) 
         raise ValueError(f"No layer of {type(module).__name__} can hold {rule}: {reasons}. Choose others in `where`.")
     for layer in layers:
         layer.__class__ = _EFFECTIVE[type(layer)]
-        layer.rule, layer._cached, layer._held = rule, None, None
+        layer.rule, layer.backend = rule, "reference"
+        layer._cached = layer._held = layer._compressed = None
     return tuple(rows)
 
 
@@ -224,6 +266,10 @@ def _obstacle(root: nn.Module, owner: str, attribute: str, names: list[str]) -> 
 
 def _fits(cached: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return cached.dtype == dtype and cached.device == weight.device and cached.stride() == weight.stride()
+
+
+def _differ(old: Tensor, new: Tensor) -> bool:
+    return old.shape != new.shape or old.dtype != new.dtype or old.device != new.device
 
 
 def _join(owner: str, attribute: str) -> str:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetrain.nm import bits_dtype, chunks, in_memory_order, keep_largest, keep_largest_, magnitude_bits
+from sparsetrain.nm import bits_dtype, chunks, in_memory_order, keep_largest, keep_largest_, magnitude_bits, scratch
 
 FORWARD_AXIS, BACKWARD_AXIS = 1, 0  # the axis of [out, in, ...] that the product sums over
 
@@ -48,7 +48,8 @@ def masked_(out: Tensor, weight: Tensor, mask: Tensor) -> None:
     """Write `masked` into `out`, in its dtype; of the weight's shape and strides."""
     (weight, mask, out), _ = in_memory_order([weight, mask, out], 0)
     for rows in chunks(weight, 1):
-        _write_masked(out[rows], weight[rows].to(out.dtype), mask[rows].clone())
+        spoiled = scratch("mask", mask[rows].shape, torch.bool, mask.device).copy_(mask[rows])
+        _write_masked(out[rows], weight[rows].to(out.dtype), spoiled)
 
 
 @torch.no_grad()
@@ -67,10 +68,12 @@ def prune_(weight: Tensor, n: int, m: int, *, forward: Tensor | None = None, bac
     # The chunks must hold whole groups of either axis, whichever of the two comes first in memory.
     for rows in chunks(outs[0][0][0], m) if outs else ():
         part = outs[0][0][0][rows]
-        keys, mask, values = magnitude_bits(part), torch.empty_like(part, dtype=torch.bool), part
+        keys = magnitude_bits(part, scratch("keys", part.shape, bits_dtype(part.dtype), part.device))
+        mask, values = scratch("mask", part.shape, torch.bool, part.device), part
         for (_, out), axis in outs:
             keep_largest_(mask, keys, n, m, axis)
-            values = values if values.dtype == out.dtype else part.to(out.dtype)
+            if values.dtype != out.dtype:
+                values = scratch("values", part.shape, out.dtype, part.device).copy_(part)
             _write_masked(out[rows], values, mask)
 
 
@@ -92,7 +95,7 @@ def add_decay_(grad: Tensor, weight: Tensor, mask: Tensor, decay: float) -> None
 def _write_masked(out: Tensor, values: Tensor, mask: Tensor) -> None:
     """Write `values` where `mask` is True, else +0.0, by bits: a tenth of what `torch.where` takes; spoils `mask`."""
     integer = bits_dtype(out.dtype)
-    all_bits = mask.view(torch.int8).neg_().to(integer)  # -1 has every bit set
+    all_bits = scratch("bits", mask.shape, integer, mask.device).copy_(mask.view(torch.int8).neg_())  # -1: every bit
     torch.bitwise_and(values.view(integer), all_bits, out=out.view(integer))
 
 

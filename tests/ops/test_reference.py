@@ -1,6 +1,7 @@
 """The masks and the pruned operands are what a sort in Python says, bit for bit."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -98,6 +99,24 @@ def test_pruning_leaves_weight_and_mask_alone():
     prune_(weight, 2, 4, forward=torch.empty(8, 8))
     assert torch.equal(weight, before)
     assert torch.equal(mask, kept)
+
+
+def test_scratch_memory_is_not_shared_by_threads_and_survives_inference_mode():
+    weights = [torch.randn(64, 64 * (i + 1)) for i in range(8)]
+    with torch.inference_mode():
+        expected = [slow.group_mask(weight, 2, 4, 1) for weight in weights]
+        assert torch.equal(nm_mask(weights[0], 2, 4), expected[0])
+
+    def prune(index):
+        for _ in range(20):
+            out = torch.empty_like(weights[index])
+            prune_(weights[index], 2, 4, forward=out)
+            assert torch.equal(out, weights[index] * expected[index])
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(prune, range(8)))
+    assert prune(0)
 
 
 def test_integers_and_float8_are_refused():

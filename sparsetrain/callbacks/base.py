@@ -193,13 +193,13 @@ class SparsityCallback(L.Callback, ABC):
             if broken is None:
                 self._update(trainer, target)
                 self._updated_at = self.step
-            elif not _has_scaler(trainer):
+            elif not has_scaler(trainer):
                 raise RuntimeError(
                     f"The gradient of {broken!r} is not finite at step {self.step}, where the masks are to be updated: "
                     "the step would destroy the weights. Lower the learning rate, clip gradients, or mend the data."
                 )
         # A step with such gradients is skipped by a gradient scaler, and its update is then made at the repetition.
-        if self.masks.stats.names and not (_has_scaler(trainer) and self._not_finite(held)):
+        if self.masks.stats.names and not (has_scaler(trainer) and self._not_finite(held)):
             for name in held:
                 parameter = self.masks.parameter(name)
                 if parameter.grad is not None:
@@ -329,7 +329,7 @@ class SparsityCallback(L.Callback, ABC):
         return next((name for name, norm in zip(grads, norms, strict=True) if not math.isfinite(float(norm))), None)
 
 
-def _has_scaler(trainer: L.Trainer) -> bool:
+def has_scaler(trainer: L.Trainer) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 

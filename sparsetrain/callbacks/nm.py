@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import takewhile
+from itertools import count, takewhile
 from typing import Any
 
 import lightning as L
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrain import ops
-from sparsetrain.callbacks.base import SparsityCallback, _has_scaler
+from sparsetrain.callbacks.base import SparsityCallback, has_scaler
 from sparsetrain.masks import Masks, Pruning, pack, unpack
 from sparsetrain.ops import NMRule
 from sparsetrain.selection import PlanRow, Selection
@@ -44,6 +44,8 @@ class NMTraining(SparsityCallback):
 
     _rows: tuple[PlanRow, ...]
     _layers: dict[str, ops.EffectiveLinear | ops.EffectiveConv2d]
+    _holders: list[tuple[str, ops.EffectiveLinear | ops.EffectiveConv2d]]
+    _shadow: dict[str, Any]
     _handles: list[RemovableHandle]
     _replaced: list[tuple[L.LightningModule, str, Any]]
     _every: int
@@ -83,6 +85,12 @@ class NMTraining(SparsityCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
+        for callback in callbacks:
+            if isinstance(callback, NMTraining) and callback is not self:
+                raise ValueError(
+                    f"{type(self).__name__} and {type(callback).__name__} would both convert layers of this module, "
+                    "which goes with one N:M callback. Remove one of them."
+                )
         for callback in earlier:
             if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
                 raise ValueError(
@@ -96,7 +104,8 @@ class NMTraining(SparsityCallback):
 
             def configure_model() -> None:
                 original()
-                self._convert(pl_module)
+                if next(ops.effective_layers(pl_module), None) is None:  # averaging calls it before the Trainer does
+                    self._convert(pl_module)
 
             self._replace(pl_module, "configure_model", configure_model)
         else:
@@ -106,15 +115,16 @@ class NMTraining(SparsityCallback):
         self._bind(pl_module)
         self._check_owner(trainer)
         self._follow(trainer, pl_module)
+        copies = _copies(trainer, pl_module)
         if self._restored is not None:
             self._restore(self._restored)
-            for key, module in _copies(trainer, pl_module).items():
-                _add_pruned(module, self._restored["shadow"][key])
-        elif self._every > 1:
-            self._renew()
+            self._restore_masters(self._restored.get("shadow", {}), copies)
         if self._every > 1:
-            for name, layer in self._layers.items():
-                layer.hold_(self.masks[name])
+            # The masks of the live master are also those of its averages, which take its place at validation.
+            layers = [[layer for _, layer in ops.effective_layers(module)] for module in copies.values()]
+            whole = [held for held in layers if len(held) == len(self._layers)]
+            self._holders = [pair for held in whole for pair in zip(self._layers, held, strict=True)]
+            self._hold()
         self._dtype = _DTYPES.get(str(trainer.precision))
         self.apply()
 
@@ -131,14 +141,16 @@ class NMTraining(SparsityCallback):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key)
-        if state is not None and self._layers:
-            state["shadow"] = {key: _pruned(module) for key, module in _copies(trainer, pl_module).items()}
+        if state is not None:
+            masters = self._masters(trainer, pl_module)
+            state["shadow"] = masters if masters[""] else self._shadow
 
     def state_dict(self) -> dict[str, Any]:
         self.read_masks()
         return super().state_dict()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._shadow = self._masters(trainer, pl_module)  # for those that save after this
         self.masks.replace(ops.fold(pl_module), "The final masks")
         self._layers = {}
         self._detach()
@@ -149,8 +161,17 @@ class NMTraining(SparsityCallback):
         self._bind(pl_module)  # resumed from the end of the run: nothing was left to train
         if self._restored is not None:
             self._restore(self._restored)
+            self._shadow = self._restored.get("shadow", {})
         self.undo(pl_module)
         self._detach()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # Lightning's tuner ends a fit by this alone, having loaded what it saved before the first step.
+        if next(ops.effective_layers(pl_module), None) is not None:
+            if self._restored is not None and "shadow" in self._restored:
+                _add_pruned(pl_module, self._restored["shadow"][""])
+            self.undo(pl_module)
+        super().teardown(trainer, pl_module, stage)
 
     def undo(self, pl_module: L.LightningModule) -> None:
         """Make the layers the plain ones that they were; the master stays."""
@@ -161,6 +182,7 @@ class NMTraining(SparsityCallback):
         super()._begin()
         self._rows, self._layers, self._handles, self._replaced = (), {}, [], []
         self._every, self._dtype = 1, None
+        self._holders, self._shadow = [], {}
 
     def _bind(self, pl_module: L.LightningModule) -> None:
         self._layers = {f"{name}.weight": layer for name, layer in ops.effective_layers(pl_module)}
@@ -173,10 +195,22 @@ class NMTraining(SparsityCallback):
         if self._layers:
             self.masks.replace({name: layer.mask for name, layer in self._layers.items()}, "The present masks")
 
-    def _renew(self) -> None:
-        for layer in self._layers.values():
-            layer.hold_(None)
-        self.read_masks()
+    def _hold(self) -> None:
+        """Keep the masks as they are read now, until they are read again."""
+        for name, layer in self._holders:
+            layer.hold_(self.masks[name])
+
+    def _masters(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        return {key: _pruned(module) for key, module in _copies(trainer, pl_module).items()}
+
+    def _restore_masters(self, shadow: Mapping[str, Any], copies: Mapping[str, nn.Module]) -> None:
+        if lost := sorted(shadow.keys() - copies.keys()):
+            raise ValueError(
+                f"The checkpoint holds a copy of the weights that no callback has now: {lost[0]}. "
+                "Resume a run with the callbacks it was trained with."
+            )
+        for key, pruned in shadow.items():
+            _add_pruned(copies[key], pruned)
 
     def _convert(self, pl_module: L.LightningModule) -> None:
         self._rows = ops.convert(pl_module, self.rule, where=self.where)
@@ -187,6 +221,7 @@ class NMTraining(SparsityCallback):
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if any(id(layer.weight) in held for layer in self._layers.values()):
                 counts = not self._handles
+                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
                 self._handles.append(optimizer.register_step_post_hook(partial(self._after_step, counts)))
                 if self.decay:
                     self._check_decay(trainer, pl_module, optimizer)
@@ -196,13 +231,29 @@ class NMTraining(SparsityCallback):
             clip = _ClipThenDecay(pl_module.configure_gradient_clipping, self)
             self._replace(pl_module, "configure_gradient_clipping", clip)
 
-    def _after_step(self, counts: bool, *_: object) -> None:
+    def _before_step(
+        self, _: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Let an optimizer that calls its closure again within a step, as LBFGS does, see the weights it has moved."""
+        closure, calls = settings.get("closure"), count()
+        if closure is None:
+            return None
+
+        def renewed() -> Any:
+            if next(calls):
+                self.apply()
+            return closure()
+
+        return arguments, settings | {"closure": renewed}
+
+    def _after_step(self, counts: bool, *arguments: object) -> None:
         if counts:
             self._count_step()
             if self._every > 1 and self.step % self._every == 0:
-                self._renew()
-                for name, layer in self._layers.items():
-                    layer.hold_(self.masks[name])
+                for _, layer in self._holders:
+                    layer.hold_(None)
+                self.read_masks()
+                self._hold()
         self.apply()
 
     def _check_decay(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
@@ -211,7 +262,7 @@ class NMTraining(SparsityCallback):
                 f"decay={self.decay} is added after gradients are clipped, which a module under manual optimization "
                 "does itself. Use decay=0.0 there, or automatic optimization."
             )
-        if _has_scaler(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False):
+        if has_scaler(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise ValueError(
                 f"{type(optimizer).__name__} unscales gradients within its step (fused), so that decay={self.decay} "
                 "would be divided by the scale. Use fused=False, precision='bf16-mixed' or decay=0.0."
@@ -235,7 +286,7 @@ class NMTraining(SparsityCallback):
         super()._detach()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._holders = [], []
         for module, name, before in reversed(self._replaced):
             delattr(module, name) if before is None else setattr(module, name, before)
         self._replaced = []
@@ -334,10 +385,11 @@ class _ClipThenDecay:
 
 def _copies(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, nn.Module]:
     """The module under "", and the copies of it that callbacks keep, such as averages, by where they lie."""
+    live = set(pl_module.modules())
     found: dict[str, nn.Module] = {"": pl_module}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name, value in vars(callback).items():
-            if isinstance(value, nn.Module) and value is not pl_module and any(ops.effective_layers(value)):
+            if isinstance(value, nn.Module) and any(layer not in live for _, layer in ops.effective_layers(value)):
                 found[f"{callback.state_key}.{name}"] = value
     return found
 

@@ -330,6 +330,7 @@ class SparsityCallback(L.Callback, ABC):
 
 
 def has_scaler(trainer: L.Trainer) -> bool:
+    """Whether gradients are scaled, so that steps may be skipped."""
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 

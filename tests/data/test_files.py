@@ -61,7 +61,9 @@ def test_a_file_of_another_size_is_refused_with_both_sizes(tmp_path, content):
         read_exactly(path, 4)
 
 
-@pytest.mark.parametrize("content", [gzip.compress(b"abcd" * 100)[:-9], b"no gzip", b""])
+@pytest.mark.parametrize(
+    "content", [gzip.compress(b"abcd" * 100)[:-9], b"no gzip", b""], ids=["truncated", "not_packed", "empty"]
+)
 def test_a_broken_packed_file_is_refused(tmp_path, content):
     path = tmp_path / "file.gz"
     path.write_bytes(content)

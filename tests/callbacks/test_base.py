@@ -94,7 +94,10 @@ def test_sparsity_is_logged_after_each_batch():
 def test_the_plan_is_printed_once_and_names_every_parameter(caplog, method):
     with caplog.at_level("INFO"):
         run = fit(method.make())
-    assert caplog.text.count("3 of 8 parameters are pruned: 1,108 of 1,139 weights") == 1
+    pruned = {row.name for row in run.callback.plan if row.pruned}
+    assert pruned == set(run.callback.masks)
+    weights = sum(mask.numel() for mask in run.callback.masks.values())
+    assert caplog.text.count(f"{len(pruned)} of 8 parameters are pruned: {weights:,} of 1,139 weights") == 1
     for name, _ in run.module.named_parameters():
         assert caplog.text.count(f"\n{name} ") == 1
     assert [row.name for row in run.callback.plan] == [name for name, _ in run.module.named_parameters()]

@@ -1,10 +1,9 @@
 """The arithmetic of many rounds: where each begins, and how sparse it is. Lengths are whole epochs or whole steps."""
 
-import re
 from dataclasses import dataclass
 
 from sparsetrain.schedules import check_sparsity
-from sparsetrain.steps import check_steps
+from sparsetrain.steps import check_steps, split_length
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,12 @@ def whole_lengths(**lengths: int | str) -> tuple[tuple[int, ...], str]:
     numbers, units = [], {}
     for name, length in lengths.items():
         check_steps(length, name)
-        match = re.fullmatch(r"\s*(\d+)(?:\.0+)?\s*(it|ep|)\s*", str(length))
-        if match is None:
+        number, unit = split_length(length)
+        if unit == "run" or number != int(number):
             raise ValueError(f"{name}={length!r} must be whole epochs such as '40ep' or whole steps such as '500it'.")
-        numbers.append(int(match[1]))
-        if numbers[-1]:
-            units[name] = match[2] or "it"
+        numbers.append(int(number))
+        if number:
+            units[name] = unit
     if len(set(units.values())) > 1:
         given = ", ".join(f"{name}={lengths[name]!r}" for name in units)
         raise ValueError(f"{given} are in two units. Give all in epochs, or all in steps.")

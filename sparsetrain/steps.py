@@ -38,7 +38,7 @@ def parse_steps(length: int | str, run: RunLength) -> int:
     >>> parse_steps("2ep", run), parse_steps("0.25run", run), parse_steps(7, run)
     (200, 250, 7)
     """
-    number, unit = _split(length)
+    number, unit = split_length(length)
     if unit == "it":
         return int(number)
     if unit == "ep":
@@ -63,12 +63,17 @@ def check_steps(length: int | str, name: str) -> None:
         ValueError: not a length; the message begins with `name`.
     """
     try:
-        _split(length)
+        split_length(length)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _split(length: int | str) -> tuple[float, str]:
+def split_length(length: int | str) -> tuple[float, str]:
+    """The number of a length and its unit, "it", "ep" or "run".
+
+    Raises:
+        ValueError: another notation, or a share above 1.
+    """
     if isinstance(length, int) and not isinstance(length, bool):
         length = f"{length}it"
     match = _LENGTH.fullmatch(length.strip()) if isinstance(length, str) else None

@@ -50,7 +50,7 @@ def test_the_blocks_that_train_prune_a_module_they_have_never_seen(tmp_path, mon
 def test_the_method_written_in_the_readme_alternates_and_ends_sparse() -> None:
     names: dict[str, object] = {}
     exec(BLOCKS[2], names)
-    method = names["AlternatingCompression"](0.75, "1ep", warmup="1ep", finish="14it")  # type: ignore[operator]
+    method = names["AlternatingCompression"](0.75, "1ep", warmup="1ep", finish="14it")
     assert isinstance(method, SparsityCallback)
     make_trainer(method).fit(TinyModule(), **loaders())
     assert [(update.step, update.target) for update in method.history] == [(5, 0.75), (10, 0.0), (14, 0.75)]

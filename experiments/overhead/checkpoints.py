@@ -1,6 +1,6 @@
 """How large the checkpoints of many rounds are, beside that of the same run without a method.
 
-python experiments/overhead/checkpoints.py             # half a minute; writes results/checkpoints.json, then
+python experiments/overhead/checkpoints.py             # writes results/checkpoints.json, then
 python experiments/overhead/checkpoints.py --report    # the table of this folder's README.md
 """
 
@@ -70,9 +70,7 @@ def measure() -> dict[str, Any]:
     warnings.simplefilter("ignore")
     plain = sizes()
     recipes = {
-        name: sizes(
-            IterativeMagnitudePruning(1, "3it", sparsity=0.8, rewind_to="1it", **choices)  # type: ignore[arg-type]
-        )
+        name: sizes(IterativeMagnitudePruning(1, "3it", sparsity=0.8, rewind_to="1it", **choices))
         for name, choices in RECIPES.items()
     }
     return {

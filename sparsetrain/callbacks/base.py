@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
 from sparsetrain.callbacks.follower import OptimizerFollower
+from sparsetrain.callbacks.trainer import callbacks_of, has_scaler, run_length, set_callbacks
 from sparsetrain.masks import Masks, Pruning, Update
 from sparsetrain.report import plan_table
 from sparsetrain.selection import PlanRow
@@ -114,10 +115,9 @@ class SparsityCallback(L.Callback, ABC):
                 "Use strategy='ddp' or a single device."
             )
         # After every callback that writes weights (averaging), before the first that saves them.
-        others = [callback for callback in _callbacks(trainer) if callback is not self]
+        others = [callback for callback in callbacks_of(trainer) if callback is not self]
         position = next((i for i, callback in enumerate(others) if isinstance(callback, Checkpoint)), len(others))
-        # A new list: Lightning is iterating over the old one.
-        trainer.callbacks = [*others[:position], self, *others[position:]]  # type: ignore[attr-defined]
+        set_callbacks(trainer, [*others[:position], self, *others[position:]])
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # Lightning calls this also when the checkpoint holds nothing of this callback.
@@ -134,12 +134,12 @@ class SparsityCallback(L.Callback, ABC):
         self._restored = state_dict  # used at train start: weights and devices are not settled before
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.run = _run_length(trainer)
+        self.run = run_length(trainer)
         self.prepare(trainer)
         self.take_hold(trainer, pl_module)
         self._final_step = self.final_step()
         if not self.at_target:
-            self._held_back = HeldBackCheckpoints(_callbacks(trainer))
+            self._held_back = HeldBackCheckpoints(callbacks_of(trainer))
             if self._held_back:
                 rank_zero_info(
                     f"Monitored checkpoints are kept once the final sparsity is reached (step {self._final_step}); "
@@ -249,7 +249,7 @@ class SparsityCallback(L.Callback, ABC):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._follower is not None:
             self._follower.read_verdicts()
-        self.masks.apply_()
+        self.apply()
         self._detach()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -282,7 +282,7 @@ class SparsityCallback(L.Callback, ABC):
         self.history = [Update(**entry) for entry in state["history"]]
 
     def _check_owner(self, trainer: L.Trainer) -> None:
-        for other in _callbacks(trainer):
+        for other in callbacks_of(trainer):
             if isinstance(other, SparsityCallback) and other is not self:
                 shared = sorted(self.masks.keys() & other.masks.keys())
                 if shared:
@@ -327,29 +327,3 @@ class SparsityCallback(L.Callback, ABC):
         grads = {name: grad for name in names if (grad := self.masks.parameter(name).grad) is not None}
         norms = torch._foreach_norm(list(grads.values()), math.inf) if grads else []
         return next((name for name, norm in zip(grads, norms, strict=True) if not math.isfinite(float(norm))), None)
-
-
-def has_scaler(trainer: L.Trainer) -> bool:
-    """Whether gradients are scaled, so that steps may be skipped."""
-    return getattr(trainer.precision_plugin, "scaler", None) is not None
-
-
-def _run_length(trainer: L.Trainer) -> RunLength:
-    """Optimizer steps in an epoch and in the run, of an optimizer that steps once per (accumulated) batch."""
-    batches = trainer.num_training_batches
-    accumulated = {trainer.accumulate_grad_batches}
-    for callback in _callbacks(trainer):
-        if isinstance(callback, GradientAccumulationScheduler):
-            accumulated = set(callback.scheduling.values())  # it sets the Trainer's at the start of each epoch
-    known = math.isfinite(batches) and len(accumulated) == 1
-    steps_per_epoch = math.ceil(batches / accumulated.pop()) if known else None
-    limits = [trainer.max_steps] if trainer.max_steps != -1 else []
-    if steps_per_epoch is not None and trainer.max_epochs is not None and trainer.max_epochs != -1:
-        limits.append(trainer.max_epochs * steps_per_epoch)
-    return RunLength(steps_per_epoch, min(limits, default=None))
-
-
-def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
-    """Lightning sets this attribute where type checkers do not see it."""
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks

@@ -4,6 +4,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.callbacks.trainer import is_fast_dev_run
 from sparsetrain.masks import Pruning
 from sparsetrain.schedules import OneShot, Schedule
 
@@ -37,7 +38,7 @@ class GradualMagnitudePruning(SparsityCallback):
         self._resolved = schedule
 
     def prepare(self, trainer: L.Trainer) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning at run time
+        if is_fast_dev_run(trainer):
             self._resolved = OneShot(self.schedule.final_sparsity)
             rank_zero_info(f"fast_dev_run: pruning to {self.schedule.final_sparsity} at the first step.")
         else:

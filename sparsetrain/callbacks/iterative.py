@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.optimizer_snapshot import OptimizerSnapshot
 from sparsetrain.callbacks.rates import RoundRates, fast_forward
+from sparsetrain.callbacks.trainer import callbacks_of, is_fast_dev_run
 from sparsetrain.masks import Pruning
 from sparsetrain.retrain import ReplayLR, Retrain
 from sparsetrain.rng import derive_seed
@@ -150,22 +151,22 @@ class IterativeMagnitudePruning(SparsityCallback):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # set by Lightning at run time
+        for callback in callbacks_of(trainer):
             if isinstance(callback, EarlyStopping | WeightAveraging | StochasticWeightAveraging):
                 raise ValueError(
                     f"{type(callback).__name__} does not go with {type(self).__name__}: it would end the run or mix "
                     "weights across rounds. Remove it; for a single phase use GradualMagnitudePruning."
                 )
         self._limits = self._limits_of(trainer)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not is_fast_dev_run(trainer):
             self._set_length(trainer, self._lengths.schedule)  # what `configure_optimizers` sees
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if not is_fast_dev_run(trainer):
             self._set_length(trainer, self._lengths.total)
 
     def prepare(self, trainer: L.Trainer) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if is_fast_dev_run(trainer):
             self.rounds = Rounds(1, max(self.run.total_steps or 1, 1), 0)
             rank_zero_info(f"fast_dev_run: pruning to {self.sparsities[-1]} at the first step.")
         elif self.run.steps_per_epoch is None:
@@ -238,7 +239,7 @@ class IterativeMagnitudePruning(SparsityCallback):
 
     def change_masks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune the network that the last round has trained; `self.round` is the new one."""
-        self._update(trainer, self.sparsities[-1 if trainer.fast_dev_run else self.round])  # type: ignore[attr-defined]
+        self._update(trainer, self.sparsities[-1 if is_fast_dev_run(trainer) else self.round])
 
     def _begin(self) -> None:
         super()._begin()
@@ -284,7 +285,7 @@ class IterativeMagnitudePruning(SparsityCallback):
         epochs, steps = trainer.max_epochs, trainer.max_steps
         total, unlimited = self._lengths.total, epochs in (-1, None) and steps == -1
         fits = (epochs == total and steps == -1) if self._unit == "ep" else (steps == total and epochs in (-1, None))
-        if not (fits or unlimited or trainer.fast_dev_run):  # type: ignore[attr-defined]
+        if not (fits or unlimited or is_fast_dev_run(trainer)):
             argument = "max_epochs" if self._unit == "ep" else "max_steps"
             rounds = self._lengths
             raise ValueError(
@@ -335,7 +336,7 @@ class IterativeMagnitudePruning(SparsityCallback):
         if self._snapshot is not None:
             self._snapshot.restore_(pl_module)
         self._set_optimizers_back(trainer.optimizers)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, SparsityCallback):
                 callback.hold_zeros()  # also of weights that another one prunes
         self._rates.begin_round(trainer)
@@ -351,7 +352,7 @@ class IterativeMagnitudePruning(SparsityCallback):
 
     def _reseed_loaders(self, trainer: L.Trainer, number: int) -> None:
         """Give the loaders the order and augmentation of round `number`, whose first epoch is that of the schedule."""
-        if self._unit != "ep" or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        if self._unit != "ep" or is_fast_dev_run(trainer):
             return  # counted in steps, a round may begin within an epoch
         per_epoch = self.run.steps_per_epoch or 1
         epoch0 = (self.rounds.start(number) - max(self.rounds.replay_from, 0)) // per_epoch

@@ -14,9 +14,11 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrain import ops
-from sparsetrain.callbacks.base import SparsityCallback, has_scaler
+from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.callbacks.trainer import callbacks_of, has_scaler, set_callbacks
 from sparsetrain.masks import Masks, Pruning, pack, unpack
 from sparsetrain.ops import NMRule
+from sparsetrain.ops.reference import add_decay_
 from sparsetrain.selection import PlanRow, Selection
 from sparsetrain.steps import check_steps
 
@@ -80,7 +82,7 @@ class NMTraining(SparsityCallback):
             raise ValueError(f"refresh={self.refresh!r} is less than one step.")
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning at run time
+        callbacks = callbacks_of(trainer)
         earlier = list(takewhile(lambda callback: callback is not self, callbacks))
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
@@ -97,8 +99,8 @@ class NMTraining(SparsityCallback):
                     f"{type(callback).__name__} has copied the module before {type(self).__name__} could convert its "
                     f"layers. List it after {type(self).__name__}."
                 )
-        if not any(isinstance(callback, _FoldAtLast) for callback in callbacks):
-            trainer.callbacks = [*trainer.callbacks, _FoldAtLast()]  # type: ignore[attr-defined]
+        if not any(isinstance(callback, _UndoAtLast) for callback in callbacks):
+            set_callbacks(trainer, [*callbacks_of(trainer), _UndoAtLast()])
         if is_overridden("configure_model", pl_module):
             original = pl_module.configure_model
 
@@ -268,14 +270,12 @@ class NMTraining(SparsityCallback):
                 "would be divided by the scale. Use fused=False, precision='bf16-mixed' or decay=0.0."
             )
 
-    @torch.no_grad()
     def add_decay(self, optimizer: Optimizer) -> None:
         """Add decay * (1 - mask) * weight to the gradients that `optimizer` will use."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for layer in self._layers.values():
-            weight = layer.weight
-            if id(weight) in held and weight.grad is not None:
-                weight.grad.add_(weight.masked_fill(layer.mask, 0), alpha=self.decay)
+            if id(layer.weight) in held and layer.weight.grad is not None:
+                add_decay_(layer.weight.grad, layer.weight, layer.mask, self.decay)
 
     def _replace(self, pl_module: L.LightningModule, name: str, value: Callable[..., Any]) -> None:
         """Set an attribute of the module until `_detach`."""
@@ -352,11 +352,11 @@ class StraightThroughNM(NMTraining):
         super().__init__(rule, decay=decay, refresh=refresh, where=where)
 
 
-class _FoldAtLast(L.Callback):
+class _UndoAtLast(L.Callback):
     """Undoes the conversion after an exception, when the callbacks that save have done so; the master stays."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, NMTraining):
                 callback.undo(pl_module)
         self._leave(trainer)
@@ -365,7 +365,7 @@ class _FoldAtLast(L.Callback):
         self._leave(trainer)
 
     def _leave(self, trainer: L.Trainer) -> None:
-        trainer.callbacks = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        set_callbacks(trainer, [callback for callback in callbacks_of(trainer) if callback is not self])
 
 
 class _ClipThenDecay:
@@ -387,7 +387,7 @@ def _copies(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, nn.Mo
     """The module under "", and the copies of it that callbacks keep, such as averages, by where they lie."""
     live = set(pl_module.modules())
     found: dict[str, nn.Module] = {"": pl_module}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in callbacks_of(trainer):
         for name, value in vars(callback).items():
             if isinstance(value, nn.Module) and any(layer not in live for _, layer in ops.effective_layers(value)):
                 found[f"{callback.state_key}.{name}"] = value
@@ -396,8 +396,9 @@ def _copies(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, nn.Mo
 
 def _pruned(module: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Layer name -> what its state dict leaves out of the master: the mask, packed, and the values where it is not."""
+    masks = {name: layer.mask for name, layer in ops.effective_layers(module)}
     return {
-        name: {"mask": pack(layer.mask), "values": layer.weight.detach()[~layer.mask].cpu()}
+        name: {"mask": pack(masks[name]), "values": layer.weight.detach()[~masks[name]].cpu()}
         for name, layer in ops.effective_layers(module)
     }
 

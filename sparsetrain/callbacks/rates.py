@@ -9,6 +9,7 @@ import lightning as L
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from sparsetrain.callbacks.trainer import is_fast_dev_run
 from sparsetrain.retrain import DenseRates, ReplayLR, Retrain
 from sparsetrain.rounds import Rounds
 
@@ -22,12 +23,13 @@ class RoundRates:
 
     def __init__(self, retrain: Retrain) -> None:
         self.retrain = retrain
-        self._remembered: dict[str, list[Any]] | None = (
-            None  # parameter groups and schedulers of the place to go back to
-        )
-        self._last: list[list[float]] = []  # rates of the dense phase's last step, by optimizer and group
-        self._resting: list[Any] | None = None  # the Trainer's schedulers while the policy sets the rates
-        self._rested: list[dict[str, Any]] | None = None  # their restored states, until they are there
+        # Parameter groups and schedulers at the place to go back to.
+        self._remembered: dict[str, list[Any]] | None = None
+        # The rates of the dense phase's last step, by optimizer and group.
+        self._last: list[list[float]] = []
+        # The Trainer's schedulers while the policy sets the rates, and their restored states until they are there.
+        self._resting: list[Any] | None = None
+        self._rested: list[dict[str, Any]] | None = None
 
     @property
     def replays(self) -> bool:
@@ -65,7 +67,7 @@ class RoundRates:
             # Lightning counts epochs over the run, and steps within an epoch.
             by_epoch = config.interval == "epoch" or config.frequency > 1
             period = steps_per_epoch * (config.frequency if config.interval == "epoch" else 1) if by_epoch else 1
-            replayed = self.replays and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set at run time
+            replayed = self.replays and not is_fast_dev_run(trainer)
             if replayed and (rounds.trained % period or first % period):
                 raise ValueError(
                     f"{name} steps every {config.frequency} {config.interval}(s), and a round of {rounds.trained} "

@@ -198,7 +198,8 @@ def convert(module: nn.Module, rule: NMRule, *, where: Selection = Selection()) 
             layer = module.get_submodule(owner)
             obstacle = _obstacle(module, owner, attribute, names[id(layer.get_parameter(attribute))])
             if obstacle is None:
-                obstacle = rule.obstacle(layer)  # type: ignore[arg-type]
+                assert isinstance(layer, nn.Linear | nn.Conv2d)
+                obstacle = rule.obstacle(layer)
             if obstacle is None:
                 layers.append(layer)
         converted = obstacle is None

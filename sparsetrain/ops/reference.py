@@ -93,7 +93,7 @@ def add_decay_(grad: Tensor, weight: Tensor, mask: Tensor, decay: float) -> None
 
 
 def _write_masked(out: Tensor, values: Tensor, mask: Tensor) -> None:
-    """Write `values` where `mask` is True, else +0.0, by bits: a tenth of what `torch.where` takes; spoils `mask`."""
+    """Write `values` where `mask` is True, else +0.0, by bits; spoils `mask`."""
     integer = bits_dtype(out.dtype)
     all_bits = scratch("bits", mask.shape, integer, mask.device).copy_(mask.view(torch.int8).neg_())  # -1: every bit
     torch.bitwise_and(values.view(integer), all_bits, out=out.view(integer))

@@ -4,8 +4,8 @@ They follow `reference` bit for bit: the same ranking of integer keys, and no fu
 """
 
 import torch
-import triton  # type: ignore[import-untyped,unused-ignore]
-import triton.language as tl  # type: ignore[import-untyped,unused-ignore]
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from sparsetrain.nm import bits_dtype
@@ -75,8 +75,8 @@ def add_decay_(grad: Tensor, weight: Tensor, mask: Tensor, decay: float) -> None
     _add_decay[(triton.cdiv(size, _FLAT),)](grad, weight, mask, decay, size, _FLAT, enable_fp_fusion=False)
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _keep(keys, n, M: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+@triton.jit
+def _keep(keys, n, M: tl.constexpr):
     """The mask of groups in the last dimension; keys: [groups, M], integers."""
     place = tl.arange(0, M)
     mine, other = keys[:, :, None], keys[:, None, :]
@@ -85,26 +85,26 @@ def _keep(keys, n, M: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N80
     return rank < n
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _pack(keep, R: tl.constexpr, C: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+@triton.jit
+def _pack(keep, R: tl.constexpr, C: tl.constexpr):
     """Eight neighbours of a row in a byte, as `masks.pack`; keep: [R, C]."""
     bits = tl.reshape(keep.to(tl.int32), (R, C // 8, 8)) << (7 - tl.arange(0, 8))[None, None, :]
     return tl.sum(bits, axis=2).to(tl.uint8)
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _bfloat16_bits(value):  # type: ignore[no-untyped-def]
+@triton.jit
+def _bfloat16_bits(value):
     """Of float32, rounded to nearest even by hand: Triton's interpreter cuts the digits off."""
     bits = value.to(tl.int32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     return tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC0, rounded).to(tl.int16)
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _prune_dual(  # type: ignore[no-untyped-def]
+@triton.jit
+def _prune_dual(
     bits_ptr, weight_ptr, forward_ptr, backward_t_ptr, mask_f_ptr, mask_b_ptr, out, inner, n,
-    M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, MAGNITUDE: tl.constexpr,  # noqa: N803
-    TO_BFLOAT16: tl.constexpr,  # noqa: N803
+    M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, MAGNITUDE: tl.constexpr,
+    TO_BFLOAT16: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * R + tl.arange(0, R)
     column = tl.program_id(1) * C + tl.arange(0, C)
@@ -131,8 +131,8 @@ def _prune_dual(  # type: ignore[no-untyped-def]
     tl.store(mask_b_ptr + offset_8, _pack(keep_b, R, C), mask=inside_8)
 
 
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _add_decay(grad_ptr, weight_ptr, mask_ptr, decay, size, SIZE: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
+@triton.jit
+def _add_decay(grad_ptr, weight_ptr, mask_ptr, decay, size, SIZE: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     inside = place < size
     grad = tl.load(grad_ptr + place, mask=inside, other=0.0)

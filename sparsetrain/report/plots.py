@@ -115,7 +115,7 @@ def draw_accuracy(
         path: the file; its suffix chooses the format (.png, .pdf, .svg). Its folder is made.
         curves: label -> (sparsity in [0, 1), accuracies over seeds in [0, 1]) points, in any order; up to 8 labels,
             controls included, have colours of their own.
-        dense: accuracies over seeds of the dense control of equal compute, a horizontal line; () leaves it out.
+        dense: accuracies over seeds of the dense network to compare with, a horizontal line; () leaves it out.
         controls: further curves, dotted and with hollow markers: random masks, fresh weights.
         ylabel: what the accuracies are.
 

@@ -127,8 +127,6 @@ def training_flops(forward_flops_per_example: int, examples: int) -> int:
     and the optimizer's step are not counted, nor recomputation under activation checkpointing. With masks that stay
     fixed within a round, both gradients could skip what the forward pass skips, so it holds for theoretical FLOPs too.
 
-    Source: the usual count for fixed masks, as in Evci et al. 2020, "Rigging the Lottery", arXiv:1911.11134.
-
     Args:
         forward_flops_per_example: as `measure` counts them, 2 x multiply-accumulates.
         examples: examples trained on, each as often as it was seen.

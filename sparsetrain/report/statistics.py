@@ -42,7 +42,7 @@ def t_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval
     (2.0, 1.0, -0.484, 4.484)
     """
     # Only the special function: scipy.stats takes half a second to import.
-    from scipy.special import stdtrit  # type: ignore[import-untyped]
+    from scipy.special import stdtrit
 
     if len(values) < 2:
         raise ValueError(f"An interval needs at least 2 values; there are {len(values)}. Run more seeds.")

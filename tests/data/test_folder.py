@@ -223,7 +223,7 @@ def test_no_worker_outlives_its_iteration(root):
 def test_ranks_share_as_those_of_an_in_memory_loader(root, drop_last):
     def on_rank(rank: int) -> ImageFolder:
         module = data(root, batch_size=3, val_size=4, drop_last=drop_last)  # 17 images to train on
-        module.trainer = SimpleNamespace(  # type: ignore[assignment]
+        module.trainer = SimpleNamespace(
             distributed_sampler_kwargs={"rank": rank, "num_replicas": 2},
             strategy=SimpleNamespace(root_device=torch.device("cpu")),
             overfit_batches=0,

@@ -1,0 +1,258 @@
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from callbacks.recording import EPOCH, Record, imp, one_round, recorded
+from conformance.harness import SaveEverywhere, TinyModule, fit
+from torch.optim import SGD, Adam, Optimizer, lr_scheduler
+
+from sparsetrain import IterativeMagnitudePruning, LastLR, ReplayLR
+from sparsetrain.retrain import DenseRates, Retrain
+
+
+class Scheduled(TinyModule):
+    """With a scheduler made by its class attribute `make`, which takes the optimizer and the module's Trainer."""
+
+    interval = "step"
+    frequency = 1
+
+    def make(self, optimizer: Optimizer, steps: int, epochs: int) -> lr_scheduler.LRScheduler:
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer()
+        scheduler = self.make(optimizer, int(self.trainer.estimated_stepping_batches), self.trainer.max_epochs)
+        settings = {"scheduler": scheduler, "interval": self.interval, "frequency": self.frequency}
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+
+def scheduled(
+    schedule: Callable[[Optimizer, int, int], lr_scheduler.LRScheduler], by: str = "step", every: int = 1
+) -> type[Scheduled]:
+    class Module(Scheduled):
+        interval, frequency = by, every
+
+        def make(self, *args: Any) -> lr_scheduler.LRScheduler:
+            return schedule(*args)
+
+    return Module
+
+
+def warm_up_then_cosine(optimizer: Optimizer, steps: int, epochs: int) -> lr_scheduler.LRScheduler:
+    warm_up = lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4)
+    return lr_scheduler.SequentialLR(optimizer, [warm_up, lr_scheduler.CosineAnnealingLR(optimizer, steps - 4)], [4])
+
+
+SCHEDULES = {
+    "one_cycle": TinyModule,
+    "cosine_by_step": scheduled(lambda optimizer, steps, _: lr_scheduler.CosineAnnealingLR(optimizer, steps)),
+    "cosine_by_epoch": scheduled(
+        lambda optimizer, _, epochs: lr_scheduler.CosineAnnealingLR(optimizer, epochs), "epoch"
+    ),
+    "step": scheduled(lambda optimizer, *_: lr_scheduler.StepLR(optimizer, 1, 0.3), "epoch"),
+    "multi_step": scheduled(lambda optimizer, *_: lr_scheduler.MultiStepLR(optimizer, [1, 2], 0.3), "epoch"),
+    "lambda_warm_up": scheduled(lambda optimizer, *_: lr_scheduler.LambdaLR(optimizer, lambda s: min(1, (s + 1) / 8))),
+    "sequential": scheduled(warm_up_then_cosine),
+}
+
+every_schedule = pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDULES)
+# SequentialLR calls its own schedulers in a way of which they warn.
+ignore_sequential = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+
+
+@cache
+@ignore_sequential
+@every_schedule
+@pytest.mark.parametrize(("rewind_to", "weights"), [(0, "keep"), (1, "keep"), (1, "rewind")])
+def test_each_round_steps_with_exactly_the_rates_of_one_round_from_place_k_on(make, rewind_to, weights):
+    whole = list(one_round(make).values())
+    _, record = recorded(imp(length="3ep", weights=weights, rewind_to=f"{rewind_to}ep"), make=make)
+    assert list(record.rates.values()) == whole + 2 * whole[rewind_to * EPOCH :]
+    assert len(set(whole)) >= 2
+
+
+@pytest.mark.slow
+@ignore_sequential
+@every_schedule
+def test_a_resumed_run_steps_with_the_same_rates(tmp_path, make):
+    def callback() -> IterativeMagnitudePruning:
+        return imp(length="3ep", rewind_to="1ep")
+
+    saver = SaveEverywhere(tmp_path)
+    _, whole = recorded(callback(), saver, make=make)
+    chosen = [saved for saved in saver.saved if (saved.batches, saved.moment) in CHOSEN]
+    assert len(chosen) == len(CHOSEN)
+    for saved in chosen:
+        _, part = recorded(callback(), make=make, ckpt_path=saved.path)
+        assert part.rates == {place: rates for place, rates in whole.rates.items() if place >= saved.batches}
+
+
+# In the dense phase, at its end, in round 1, at its end (thrice: before, between and after the schedulers), in round 2.
+CHOSEN = {(7, "batch"), (15, "epoch"), (18, "batch"), (25, "batch"), (25, "validation"), (25, "epoch"), (31, "batch")}
+
+
+@ignore_sequential
+@every_schedule
+@pytest.mark.parametrize("rewind_to", [0, 1])
+def test_without_a_dense_phase_the_schedule_is_brought_forward_to_place_k(make, rewind_to):
+    whole = list(one_round(make).values())
+    _, record = recorded(imp(length="3ep", dense_length="0it", rewind_to=f"{rewind_to}ep"), make=make)
+    assert list(record.rates.values()) == 2 * whole[rewind_to * EPOCH :]
+
+
+@ignore_sequential
+@every_schedule
+def test_after_a_longer_dense_phase_each_round_replays_the_end_of_its_rates(make):
+    whole = list(one_round(make).values())
+    _, record = recorded(imp(length="1ep", dense_length="3ep"), make=make)
+    assert list(record.rates.values()) == whole + 2 * whole[-EPOCH:]
+
+
+@pytest.mark.parametrize("dense_length", ["4ep", "0it"])
+@pytest.mark.parametrize(
+    ("by", "every", "accumulate"), [("epoch", 2, 1), ("epoch", 2, 2), ("step", 2, 1), ("step", 3, 1), ("step", 2, 2)]
+)
+def test_schedulers_that_do_not_step_each_time_replay_the_same_rates(dense_length, by, every, accumulate):
+    make = scheduled(lambda optimizer, *_: lr_scheduler.StepLR(optimizer, 1, 0.5), by, every)
+    settings = {"accumulate_grad_batches": accumulate}
+    whole = list(one_round(make, max_epochs=4, **settings).values())
+    tail = whole[2 * len(whole) // 4 :]
+    _, record = recorded(imp(length="4ep", dense_length=dense_length, rewind_to="2ep"), make=make, **settings)
+    assert list(record.rates.values()) == (whole if dense_length == "4ep" else []) + 2 * tail
+    assert len(set(whole)) > 1
+
+
+@pytest.mark.parametrize(
+    ("length", "choices", "by", "every", "message"),
+    [
+        ("3ep", {}, "epoch", 2, r"StepLR steps every 2 epoch\(s\), and a round of 15 steps, from step 0 of"),
+        (
+            "3ep",
+            {"rewind_to": "1ep", "dense_length": "0it"},
+            "epoch",
+            2,
+            r"a round of 10 steps, from step 5 of the schedule on, does not begin and end with one\. Make both",
+        ),
+        (7, {}, "epoch", 1, r"steps every 1 epoch\(s\), and a round of 7 steps, .* multiples of 5 steps"),
+        (7, {}, "step", 2, r"steps every 2 step\(s\), and a round of 7 steps, .* or let it step at each step\."),
+        (
+            8,
+            {"rewind_to": 3, "dense_length": 0},
+            "epoch",
+            1,
+            r"steps every 1 epoch\(s\), and a round of 5 steps, from step 3 of",
+        ),
+    ],
+)
+def test_a_scheduler_whose_steps_do_not_end_with_the_rounds_is_refused(length, choices, by, every, message):
+    make = scheduled(lambda optimizer, *_: lr_scheduler.StepLR(optimizer, 1, 0.5), by, every)
+    with pytest.raises(ValueError, match=message):
+        fit(imp(length=length, **choices), make=make, max_epochs=-1)
+
+
+def test_schedulers_that_rest_in_rounds_may_step_at_any_time():
+    make = scheduled(lambda optimizer, *_: lr_scheduler.StepLR(optimizer, 1, 0.5), "epoch", 1)
+    _, record = recorded(imp(length=7, retrain=LastLR()), make=make)
+    assert [rate for rate, _ in record.rates.values()] == [0.1] * 5 + [0.05] * 16
+
+
+def plateau() -> TinyModule:
+    return TinyModule(schedule="plateau")
+
+
+@pytest.mark.parametrize(("rewind_to", "place", "starts"), [("0ep", 0, (15, 30)), ("1ep", 5, (15, 25))])
+def test_a_plateau_scheduler_begins_each_round_with_its_state_at_k(rewind_to, place, starts):
+    before = Record()
+    _, record = recorded(imp(length="3ep", rewind_to=rewind_to), before, make=plateau)
+    assert before.starts[starts[0]].schedulers != before.starts[place].schedulers
+    for start in starts:
+        assert record.starts[start].schedulers == before.starts[place].schedulers
+        assert record.rates[start] == record.rates[place]
+
+
+@pytest.mark.parametrize("make", [*SCHEDULES.values(), plateau], ids=[*SCHEDULES, "plateau"])
+@ignore_sequential
+def test_fine_tuning_steps_with_the_learning_rate_of_the_dense_phases_last_step(make):
+    _, record = recorded(imp(length="3ep", retrain=LastLR()), make=make)
+    last = record.rates[14][0]
+    assert [rate for rate, _ in list(record.rates.values())[15:]] == [last] * 30
+
+
+@pytest.mark.slow
+def test_fine_tuning_holds_that_rate_in_resumed_runs_and_gives_the_schedulers_back(tmp_path):
+    saver = SaveEverywhere(tmp_path)
+    run, whole = recorded(imp(retrain=LastLR()), saver)
+    for saved in saver.saved:
+        if (saved.batches, saved.moment) in {(8, "batch"), (10, "epoch"), (14, "batch"), (20, "batch")}:
+            part, record = recorded(imp(retrain=LastLR()), ckpt_path=saved.path)
+            assert record.rates == {place: rates for place, rates in whole.rates.items() if place >= saved.batches}
+            assert len(part.trainer.lr_scheduler_configs) == len(run.trainer.lr_scheduler_configs) == 1
+
+
+@dataclass(frozen=True)
+class Falling(Retrain):
+    """From the dense phase's last rate linearly down."""
+
+    def rate(self, dense: DenseRates, step: int, length: int) -> float:
+        return dense.last * (length - step) / length
+
+
+@pytest.mark.parametrize(
+    ("choices", "settings", "trained"),
+    [
+        ({"length": "2ep"}, {}, 10),
+        ({"length": "2ep", "dense_length": "1ep"}, {}, 10),
+        ({"length": "7it", "rewind_to": "3it"}, {}, 4),
+        ({"length": "2ep"}, {"accumulate_grad_batches": 2}, 6),
+    ],
+)
+def test_a_policy_of_ones_own_sets_the_rate_of_each_step_of_each_round(tmp_path, choices, settings, trained):
+    def callback() -> IterativeMagnitudePruning:
+        return imp(retrain=Falling(), **choices)
+
+    saver = SaveEverywhere(tmp_path)
+    _, record = recorded(callback(), saver, **settings)
+    rates = [rate for rate, _ in record.rates.values()]
+    last = rates[-2 * trained - 1]
+    assert rates[-2 * trained :] == 2 * [last * (trained - step) / trained for step in range(trained)]
+    saved = [saved for saved in saver.saved if saved.moment == "batch"][-2]
+    _, part = recorded(callback(), ckpt_path=saved.path, **settings)
+    assert part.rates == {place: rates for place, rates in record.rates.items() if place >= saved.batches}
+
+
+@pytest.mark.parametrize("rewind_to", ["0ep", "1ep"])
+def test_parameter_groups_keep_their_own_rates(rewind_to):
+    class Module(TinyModule):
+        def make_optimizer(self) -> Optimizer:
+            groups = [{"params": self.body.parameters()}, {"params": self.head.parameters(), "lr": 0.02}]
+            return SGD(groups, lr=0.1, momentum=0.9)
+
+        def configure_optimizers(self) -> Any:
+            optimizer = self.make_optimizer()
+            return [optimizer], [lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    for retrain in (ReplayLR(), LastLR()):
+        run = fit(imp(rounds=1, length="2ep", rewind_to=rewind_to, retrain=retrain), make=Module, max_epochs=-1)
+        both = [rates[-2:] for rates in run.trace.batches.values()]
+        assert [head / body for body, head in both] == pytest.approx([0.2] * len(both))
+
+
+@pytest.mark.parametrize("optimizer_state", ["keep", "reset", "snapshot"])
+def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor(optimizer_state):
+    """A compiled or captured step reads it where it lies."""
+
+    class Module(TinyModule):
+        def configure_optimizers(self) -> Any:
+            self.rate = torch.tensor(0.01)
+            self.optimizer = Adam(self.parameters(), lr=self.rate)
+            return [self.optimizer], [lr_scheduler.StepLR(self.optimizer, 1, 0.5)]
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            assert self.optimizer.param_groups[0]["lr"] is self.rate
+            self.rates = [*getattr(self, "rates", []), float(self.rate)]
+
+    run = fit(imp(rounds=1, rewind_to="1ep", optimizer_state=optimizer_state), make=Module, max_epochs=-1)
+    assert run.module.rates == pytest.approx([0.01] * 5 + [0.005] * 10)

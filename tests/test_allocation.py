@@ -264,6 +264,7 @@ def linears(*sizes, seed=0):
     return nn.ModuleList([nn.Linear(n, 1, bias=False) for n in sizes])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", ALLOCATIONS, ids=repr)
 def test_masks_of_a_rising_schedule_are_nested_and_exact_while_the_weights_move(allocation):
     module = linears(6, 6, 2, 40, 17, 101)

@@ -48,6 +48,7 @@ def options() -> list[str]:
     return [f"{path.parent.name}={path.stem}" for path in files if path.parent.name != "experiment"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experiment", experiments())
 def test_every_experiment_trains_a_step(experiment: str, tmp_path: Path) -> None:
     dataset = yaml.safe_load((CONF / "dataset" / f"{_choice(experiment)}.yaml").read_text())
@@ -61,6 +62,7 @@ def test_every_experiment_trains_a_step(experiment: str, tmp_path: Path) -> None
     assert 0.0 <= train(cfg) <= 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", options())
 def test_every_option_of_every_group_composes(option: str, tmp_path: Path) -> None:
     cfg = compose(*BELOW_METHOD.get(option.split("=")[0], ()), option, *NEEDS.get(option, ()), output_dir=tmp_path)

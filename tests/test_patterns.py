@@ -104,6 +104,7 @@ def test_each_tensor_gets_the_reachable_count_nearest_to_its_share(allocation):
             assert coarse.kept[name] == int(coarse[name].sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("allocation", [Global(floor=4), Uniform(floor=4), ERK(floor=4), LAMP(floor=4)], ids=repr)
 def test_block_masks_are_nested_over_a_schedule_that_rises_by_less_than_a_block(allocation):
     module = mlp()

@@ -34,6 +34,7 @@ def run_block(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")  # the blocks have no validation loader
 @pytest.mark.parametrize(
     ("block", "method", "sparsity"),

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import lightning as L
@@ -127,6 +128,7 @@ class Quiet(PlainModule):
         return batch
 
 
+@cache
 def one_round(make: Callable[[], Any], **settings: Any) -> dict[int, tuple[float, float]]:
     """The (learning rate, momentum) of each step of three epochs without any rounds."""
     record = Record()

@@ -329,6 +329,7 @@ def test_the_order_of_rounds_is_a_function_of_the_seed():
     assert all(ours != theirs for ours, theirs in zip(once[2:], other[2:], strict=True))
 
 
+@pytest.mark.slow
 def test_the_order_of_an_epoch_depends_on_its_round_and_its_place_in_the_schedule_alone():
     # (round, epoch of the schedule) -> labels
     whole = trained_on(rounds=2, length="3ep")

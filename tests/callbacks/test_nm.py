@@ -664,6 +664,7 @@ def test_killed_amid_accumulation_it_resumes_bit_identically(tmp_path, method):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [*METHODS, pytest.param(partial(STE, refresh="4it", decay=0.1), id="sr_ste_refresh")]
 )

@@ -93,6 +93,7 @@ def test_keep_begins_each_round_with_the_optimizer_state_of_the_last_step(make, 
             assert all(float(entries["step"]) == start for entries in now.optimizer.values())
 
 
+@pytest.mark.slow
 @every_optimizer
 @pytest.mark.parametrize("choice", ["keep", "reset", "snapshot"])
 def test_optimizer_state_is_the_same_in_a_run_resumed_in_a_later_round(tmp_path, make, choice):

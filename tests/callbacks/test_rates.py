@@ -1,6 +1,5 @@
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
@@ -63,7 +62,7 @@ every_schedule = pytest.mark.parametrize("make", SCHEDULES.values(), ids=SCHEDUL
 ignore_sequential = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
 
 
-@cache
+@pytest.mark.slow
 @ignore_sequential
 @every_schedule
 @pytest.mark.parametrize(("rewind_to", "weights"), [(0, "keep"), (1, "keep"), (1, "rewind")])
@@ -94,6 +93,7 @@ def test_a_resumed_run_steps_with_the_same_rates(tmp_path, make):
 CHOSEN = {(7, "batch"), (15, "epoch"), (18, "batch"), (25, "batch"), (25, "validation"), (25, "epoch"), (31, "batch")}
 
 
+@pytest.mark.slow
 @ignore_sequential
 @every_schedule
 @pytest.mark.parametrize("rewind_to", [0, 1])
@@ -111,6 +111,7 @@ def test_after_a_longer_dense_phase_each_round_replays_the_end_of_its_rates(make
     assert list(record.rates.values()) == whole + 2 * whole[-EPOCH:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dense_length", ["4ep", "0it"])
 @pytest.mark.parametrize(
     ("by", "every", "accumulate"), [("epoch", 2, 1), ("epoch", 2, 2), ("step", 2, 1), ("step", 3, 1), ("step", 2, 2)]
@@ -173,6 +174,7 @@ def test_a_plateau_scheduler_begins_each_round_with_its_state_at_k(rewind_to, pl
         assert record.rates[start] == record.rates[place]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [*SCHEDULES.values(), plateau], ids=[*SCHEDULES, "plateau"])
 @ignore_sequential
 def test_fine_tuning_steps_with_the_learning_rate_of_the_dense_phases_last_step(make):

@@ -94,6 +94,7 @@ def resume_everywhere(
     return {name: list_ for name, list_ in found.items() if list_}
 
 
+@pytest.mark.slow
 @every_method
 def test_each_checkpoint_resumes_bit_identically(tmp_path, method):
     assert not resume_everywhere(tmp_path, lambda: [method.make()])
@@ -106,6 +107,7 @@ def test_each_checkpoint_resumes_bit_identically_in_every_setting(tmp_path, make
     assert not resume_everywhere(tmp_path, make, setting)
 
 
+@pytest.mark.slow
 def test_the_dense_control_resumes_bit_identically(tmp_path):
     assert not resume_everywhere(tmp_path, dense)
 
@@ -117,6 +119,7 @@ def test_a_run_with_weight_averaging_resumes_with_the_same_weights_and_masks(tmp
     assert not resume_everywhere(tmp_path, make, moments=lambda saved: saved.batches in (7, 10, 12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [gradual, dense])
 def test_without_exact_resume_some_checkpoint_gives_another_run(tmp_path, make):
     found = resume_everywhere(tmp_path, make, exact=False)

@@ -11,7 +11,7 @@ import pytest
 import timm.optim
 import torch
 from conformance.harness import STEPS, PlainModule, Run, SaveEverywhere, TinyModule, Watch, fit
-from conformance.methods import METHODS, every_method
+from conformance.methods import METHODS, every_class, every_method
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -137,11 +137,9 @@ def test_nearly_all_optimizers_can_be_tried():
     assert {name for name, why in unfit.items() if "CUDA" not in why} == {"torch.SparseAdam", "timm.adahessian"}
 
 
-COMPILED = pytest.param("timm.kron", marks=pytest.mark.slow)  # it compiles a part of itself
-
-
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")  # each optimizer warns of its own deprecations
-@pytest.mark.parametrize("name", [COMPILED if name == COMPILED.values[0] else name for name in sorted(OPTIMIZERS)])
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_weights_stay_zero_under_every_optimizer(name):
     if (why := why_it_cannot_train(name)) is not None:
         pytest.skip(why)
@@ -156,7 +154,7 @@ def test_weights_stay_zero_under_every_optimizer(name):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it in `log`
-@every_method
+@every_class
 def test_weights_stay_zero_in_a_compiled_module(method):
     torch.compiler.reset()
     run = watched(method.make(check="full"), make=lambda: torch.compile(PlainModule(), backend="aot_eager"))
@@ -264,6 +262,7 @@ def test_a_step_that_a_gradient_scaler_skips_is_not_counted_and_its_update_is_ma
     assert all(p.isfinite().all() for p in skipped.module.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Swapping scheduler:UserWarning")  # SWA says that it does what it is for
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.many_rounds], ids=lambda method: method.name)
 @pytest.mark.parametrize("first", [True, False], ids=["averaging_first", "averaging_last"])

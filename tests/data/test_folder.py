@@ -294,6 +294,7 @@ class ColourModule(TinyModule):
 OWN_HOOK = "ignore:You have overridden `on_after_batch_transfer`:UserWarning"  # the harness's modules do
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(OWN_HOOK)
 @pytest.mark.parametrize("workers", WORKERS)
 def test_a_fit_resumed_from_any_checkpoint_is_the_uninterrupted_one(root, tmp_path, workers):

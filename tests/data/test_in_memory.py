@@ -100,6 +100,7 @@ def equal(left: list[tuple[Tensor, Tensor]], right: list[tuple[Tensor, Tensor]])
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("length", "steps"), [({}, 9), ({"limit_train_batches": 2}, 6), ({"max_epochs": -1, "max_steps": 8}, 8)], ids=str
 )

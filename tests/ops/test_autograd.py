@@ -83,6 +83,7 @@ def padding_of(layer):
     return (width, width, height, height)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
 def test_convolution_is_the_three_formulas(options, backward):
@@ -203,6 +204,7 @@ def step(net, call, x):
     return [y.detach(), *(parameter.grad.clone() for parameter in net.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("backward", BACKWARDS)

@@ -46,6 +46,25 @@ def test_reads_label_and_pixels_of_every_record(module, folder, tmp_path):
         assert bytes(samples.images[index].flatten().tolist()) == content[module.label_bytes :]
 
 
+@pytest.mark.parametrize("size", [16, 8])
+def test_smaller_images_are_means_of_squares_with_statistics_of_their_own(module, folder, tmp_path, size):
+    whole, small = module(tmp_path, val_size=0), module(tmp_path, val_size=0, size=size)
+    side = 32 // size
+    squares = whole.splits.train.images.double().reshape(-1, 3, size, side, size, side)
+    assert small.splits.train.images.dtype == torch.uint8
+    assert torch.equal(small.splits.train.images.double(), squares.mean((3, 5)).round())
+    assert (small.input_shape, whole.input_shape) == ((3, size, size), (3, 32, 32))
+    plain = module(tmp_path, val_size=0, size=size, shift=0, flip=False, batch_size=len(small.splits.train.images))
+    batch = next(iter(plain.train_dataloader()))[0]
+    assert torch.allclose(batch.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+    assert torch.allclose(batch.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5)
+
+
+def test_a_size_that_does_not_halve_the_images_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="size=24; images of 32x32 pixels can be made 32, 16, 8 wide"):
+        CIFAR10(tmp_path, size=24)
+
+
 def archive(module: type[CIFAR10]) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:

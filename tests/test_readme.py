@@ -73,7 +73,7 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
         ("overhead/checkpoints", "table", ["overhead/results/checkpoints.json"], "overhead/README.md"),
         ("digits_lottery", "tables", ["digits_lottery/results/digits_lottery.json"], "digits_lottery/README.md"),
         ("digits_lottery", "bars_table", ["digits_lottery/results/digits_lottery.json"], "../README.md"),
-        ("digits_nm", "table", ["digits_nm/results/digits_nm.json"], "digits_nm/README.md"),
+        ("nm_accuracy", "table", ["nm_accuracy/results/digits.json"], "nm_accuracy/README.md"),
         ("kills", "table", ["kills/results/kills.json"], "kills/README.md"),
         ("kills", "table", ["kills/results/rounds.json"], "kills/README.md"),
         ("peers", "tables", ["peers/results/peers.json", "overhead/results/overhead.json"], "peers/README.md"),

@@ -1,7 +1,7 @@
 """What do N:M weights cost in accuracy while the network trains? Each arm beside the dense one, paired by seed.
 
 python experiments/nm_accuracy/nm_accuracy.py digits      # LeNet-300-100 on scikit-learn's digits
-python experiments/nm_accuracy/nm_accuracy.py resnet20    # ResNet-20 on CIFAR-10 at 16x16; goes on where it stopped
+python experiments/nm_accuracy/nm_accuracy.py resnet20    # ResNet-20 on CIFAR-10 at 16x16; goes on where it was stopped
 python experiments/nm_accuracy/nm_accuracy.py --report    # only the tables of results/*.json
 """
 
@@ -9,7 +9,7 @@ import argparse
 import json
 import logging
 import multiprocessing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from sparsetrain.cli.artifacts import git_state
 from sparsetrain.cli.train import compose, train
 from sparsetrain.report import markdown_table, paired, t_interval
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results"
 RUNS = Path("runs/nm_accuracy")
 SEEDS = (1, 2, 3, 4, 5)
 BDWP, STRAIGHT = "method=bdwp", "method=straight_through"
@@ -64,7 +64,6 @@ TASKS = {
             "dataset.shift=2",
             "trainer.max_epochs=30",
             "lr_policy.milestones=[15ep,23ep]",
-            "trainer.precision=bf16-mixed",
             "module.channels_last=true",
         ),
         {
@@ -92,29 +91,25 @@ def run(name: str, arm: str, seed: int) -> dict[str, Any]:
     return summary
 
 
-def measure(name: str, workers: int) -> Iterator[dict[str, Any]]:
-    """Results of all runs that have ended, after each one; several at a time, a pair with its dense control first."""
-    arms = TASKS[name].arms
-    jobs = [(arm, seed) for pair in ([*arms][:2], [*arms][2:]) for seed in SEEDS for arm in pair]
-    summaries: dict[tuple[str, int], dict[str, Any]] = {}
+def measure(name: str, workers: int) -> None:
+    """Make the runs that results/NAME.json does not hold, several at a time, and write it after each."""
+    task, path = TASKS[name], RESULTS / f"{name}.json"
+    results: dict[str, Any] = {"task": name, "recipe": [*task.recipe], "runs": []}
+    if path.exists():
+        results = json.loads(path.read_text())
+    if results["recipe"] != [*task.recipe]:
+        raise SystemExit(f"{path} is of another recipe: {results['recipe']}. Remove it to begin again.")
+    made = {(one["arm"], one["seed"]) for one in results["runs"]}
+    first, others = [*task.arms][:2], [*task.arms][2:]
+    wanted = [(arm, seed) for arms in (first, others) for seed in SEEDS for arm in arms]
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        pending = {pool.submit(run, name, *job): job for job in jobs}
+        pending = {pool.submit(run, name, *job): job for job in wanted if job not in made}
         for done in as_completed(pending):
-            summaries[pending[done]] = done.result()
-            facts = done.result()
-            yield {
-                "task": name,
-                "date": date.today().isoformat(),
-                "git": git_state(),
-                "versions": facts["versions"],
-                "device": facts["device"],
-                "recipe": TASKS[name].recipe,
-                "sparsity": {arm: found["sparsity"] for (arm, _), found in summaries.items()},
-                "test_accuracy": {
-                    arm: {seed: summaries[arm, seed]["test"]["accuracy"] for seed in SEEDS if (arm, seed) in summaries}
-                    for arm in arms
-                },
-            }
+            (arm, seed), summary = pending[done], done.result()
+            facts = {key: summary[key] for key in ("sparsity", "device", "versions", "git")}
+            accuracy = {"test_accuracy": summary["test"]["accuracy"]}
+            results["runs"].append({"arm": arm, "seed": seed} | accuracy | {"date": date.today().isoformat()} | facts)
+            path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def _one_thread() -> None:
@@ -124,40 +119,45 @@ def _one_thread() -> None:
 
 def table(results: Mapping[str, Any]) -> str:
     """Accuracy of each arm over its seeds, and its difference from dense over those that both have."""
-    accuracy, lines = results["test_accuracy"], []
-    for arm, values in accuracy.items():
-        if len(values) < 2:
-            continue
-        every = t_interval(list(values.values()))
-        row = [arm, f"{results['sparsity'][arm]:.1%}", f"{every.mean:.2%} +- {every.std:.2%}", len(values), "", "", ""]
-        shared = [seed for seed in values if seed in accuracy["dense"]]
-        if arm != "dense" and len(shared) > 1:
-            found = paired([values[seed] - accuracy["dense"][seed] for seed in shared])
+    task, lines = TASKS[results["task"]], []
+    accuracy = {arm: {one["seed"]: one["test_accuracy"] for one in runs} for arm, runs in _by_arm(results).items()}
+    for arm, runs in _by_arm(results).items():
+        every = t_interval(list(accuracy[arm].values()))
+        row = [arm, f"{runs[0]['sparsity']:.1%}", f"{every.mean:.2%} +- {every.std:.2%}", len(runs), "", "", ""]
+        if arm != "dense":
+            both = sorted(accuracy[arm].keys() & accuracy["dense"].keys())
+            found = paired([accuracy[arm][seed] - accuracy["dense"][seed] for seed in both])
             row[4:6] = [f"{100 * found.mean:+.2f}", f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"]
         if arm == "BDWP 2:4":
-            row[6] = f"> {TASKS[results['task']].bar}"
+            row[6] = f"> {task.bar}"
         lines.append(tuple(row))
     header = ("method", "sparsity", "test accuracy", "seeds", "less dense, points", "95 % interval", "bar")
-    return markdown_table(header, lines)
+    return f"{markdown_table(header, lines)}\n\n{_facts(results)}"
+
+
+def _by_arm(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of each arm of which two or more have ended."""
+    arms = TASKS[results["task"]].arms
+    by_arm = {arm: [one for one in results["runs"] if one["arm"] == arm] for arm in arms}
+    return {arm: runs for arm, runs in by_arm.items() if len(runs) > 1}
+
+
+def _facts(results: Mapping[str, Any]) -> str:
+    runs = results["runs"]
+    commits = sorted({one["git"]["commit"][:10] if one["git"] else "none" for one in runs})
+    dates = sorted({one["date"] for one in runs})
+    software = sorted({", ".join(f"{name} {version}" for name, version in one["versions"].items()) for one in runs})
+    return f"CPU, 1 thread a run; {'; '.join(software)}; {', '.join(dates)}, commit {', '.join(commits)}."
 
 
 def report() -> None:
     """Write the table of each task that has results into the README."""
     readme = HERE / "README.md"
-    for name in TASKS:
-        path = HERE / "results" / f"{name}.json"
-        if path.exists():
-            results, text = json.loads(path.read_text()), readme.read_text()
-            begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-            before, _, rest = text.partition(begin)
-            body = f"{begin}\n{table(results)}\n\n{_facts(results)}\n{end}"
-            readme.write_text(f"{before}{body}{rest.partition(end)[2]}")
-
-
-def _facts(results: Mapping[str, Any]) -> str:
-    commit = results["git"]["commit"][:10] if results["git"] else "none"
-    software = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    return f"CPU, 1 thread a run; {software}; {results['date']}, commit {commit}."
+    for path in sorted(RESULTS.glob("*.json")):
+        begin, end = f"<!-- {path.stem}:begin -->", f"<!-- {path.stem}:end -->"
+        before, _, rest = readme.read_text().partition(begin)
+        body = f"{begin}\n{table(json.loads(path.read_text()))}\n{end}"
+        readme.write_text(f"{before}{body}{rest.partition(end)[2]}")
 
 
 def main() -> None:
@@ -169,8 +169,7 @@ def main() -> None:
     if not arguments.report and arguments.task is None:
         parser.error("name a task, or --report")
     if not arguments.report:
-        for results in measure(arguments.task, arguments.workers):
-            (HERE / "results" / f"{arguments.task}.json").write_text(json.dumps(results, indent=1) + "\n")
+        measure(arguments.task, arguments.workers)
     report()
 
 

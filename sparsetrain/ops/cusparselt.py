@@ -1,9 +1,11 @@
 """2:4 products on sparse tensor cores through cuSPARSELt: the only file that calls torch's private functions for it.
 
 torch checks almost nothing there: a transposed view, a misaligned pointer or a weight that is not 2:4 gives wrong
-numbers without an error. Every call here is guarded for that. The default algorithm is used; others may be faster,
-and some of them are wrong (pytorch/pytorch#155333), so searching one is out of scope for now.
+numbers without an error. Every call here is guarded for that. Algorithms other than the default one may be faster, and
+some of them are wrong (pytorch/pytorch#155333): `search` finds out.
 """
+
+import ctypes
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,23 @@ def probe(dtype: torch.dtype = torch.bfloat16, device: torch.device | None = Non
         return "this build of torch has no cuSPARSELt"
     missing = [name for name in ("_cslt_compress", "_cslt_sparse_mm") if not hasattr(torch, name)]
     return f"torch {torch.__version__} has no torch.{missing[0]}" if missing else None
+
+
+def version() -> str | None:
+    """The version of the cuSPARSELt library that is loaded, as "0.8.1"; None if there is none.
+
+    torch only knows the version that it was built with.
+    """
+    try:
+        library = ctypes.CDLL("libcusparseLt.so.0")  # by this name the loader gives what torch has loaded
+    except OSError:
+        return None
+    value, parts = ctypes.c_int(), []
+    for part in range(3):  # major, minor, patch
+        if library.cusparseLtGetProperty(part, ctypes.byref(value)):
+            return None
+        parts.append(str(value.value))
+    return ".".join(parts)
 
 
 def holds(n: int, m: int) -> bool:
@@ -73,13 +92,14 @@ def compressed_shape(shape: torch.Size) -> torch.Size:
     return torch.Size((shape[0], shape[1] * 9 // 16))
 
 
-def matmul(compressed: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+def matmul(compressed: Tensor, x: Tensor, bias: Tensor | None, *, algorithm: int = 0) -> Tensor:
     """The product x @ A^T + bias for a compressed A.
 
     Args:
         compressed: of A [rows, k].
         x: [tokens, k], of the same dtype, any strides; any number of tokens (filled up with zeros to a multiple of 8).
         bias: [rows] or None.
+        algorithm: cuSPARSELt's number for it, at least 0; take others than 0 from `search.best_algorithm` only.
 
     Returns:
         [tokens, rows], contiguous unless it was filled up.
@@ -98,5 +118,5 @@ def matmul(compressed: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
         bias = bias.to(x.dtype).contiguous()
     # A non-contiguous operand is taken for the transpose of a contiguous one, which x.t() is: k >= 16, tokens >= 8.
     # No alpha: it would synchronize with the host.
-    y: Tensor = torch._cslt_sparse_mm(compressed, x.t(), bias=bias, transpose_result=True, alg_id=0)
+    y: Tensor = torch._cslt_sparse_mm(compressed, x.t(), bias=bias, transpose_result=True, alg_id=algorithm)
     return y[:tokens]

@@ -15,6 +15,8 @@ from sparsetrain import GradualMagnitudePruning, IterativeMagnitudePruning, Spar
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
 README = (ROOT / "README.md").read_text()
+# None before a GPU was at hand; then one for each GPU and version of cuSPARSELt.
+KERNEL_RESULTS = sorted(str(path.relative_to(EXPERIMENTS)) for path in EXPERIMENTS.glob("kernel_speed/results/*.json"))
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -74,6 +76,7 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
         ("digits_lottery", "tables", ["digits_lottery/results/digits_lottery.json"], "digits_lottery/README.md"),
         ("digits_lottery", "bars_table", ["digits_lottery/results/digits_lottery.json"], "../README.md"),
         ("nm_accuracy", "table", ["nm_accuracy/results/digits.json"], "nm_accuracy/README.md"),
+        ("kernel_speed/kernel_tables", "tables", KERNEL_RESULTS, "kernel_speed/README.md"),
         ("kills", "table", ["kills/results/kills.json"], "kills/README.md"),
         ("kills", "table", ["kills/results/rounds.json"], "kills/README.md"),
         ("peers", "tables", ["peers/results/peers.json", "overhead/results/overhead.json"], "peers/README.md"),

@@ -17,6 +17,8 @@ QUIET = ("trainer=cpu", "trainer.enable_progress_bar=false")
 # What an option needs beside its name.
 NEEDS = {
     "model=timm": ("model.name=resnet18",),
+    "model=gpt_small": ("dataset=tiny_shakespeare",),
+    "dataset=text_file": ("dataset.path=input.txt", "dataset.val_size=1000", "dataset.test_size=1000"),
     "method=gmp": ("method.schedule.final=0.8",),
     "method=fixed_masks": ("method.masks=masks.safetensors",),
     "method=lottery": ("method.rewind_to=0it",),
@@ -33,9 +35,15 @@ BELOW_METHOD = {
 }
 
 # Data that would be a download, at its shape and with its number of classes.
+SMALL = (*("dataset.train_size=8", "dataset.val_size=8", "dataset.test_size=8"), "dataset.num_classes=10")
 STAND_IN = {
-    "cifar10": ("dataset=synthetic", "dataset.shape=[3,32,32]", "dataset.num_classes=10"),
-    "imagenet": ("dataset=synthetic", "dataset.shape=[3,64,64]", "dataset.num_classes=10"),
+    "cifar10": ("dataset=synthetic", "dataset.shape=[3,32,32]", *SMALL),
+    "imagenet": ("dataset=synthetic", "dataset.shape=[3,64,64]", *SMALL),
+    # This file is a text, too; the GPT for it is smaller by its number of layers.
+    "tiny_shakespeare": (
+        *("dataset=text_file", f"dataset.path={__file__}", "dataset.val_size=99", "dataset.test_size=99"),
+        *("dataset.context=16", "dataset.batch_size=2", "model.layers=1"),
+    ),
 }
 
 
@@ -54,10 +62,7 @@ def test_every_experiment_trains_a_step(experiment: str, tmp_path: Path) -> None
     dataset = yaml.safe_load((CONF / "dataset" / f"{_choice(experiment)}.yaml").read_text())
     assert dataset["_target_"].startswith("sparsetrain.data.")
     stand_in = STAND_IN.get(_choice(experiment), ())
-    small = ("dataset.train_size=8", "dataset.val_size=8", "dataset.test_size=8") if stand_in else ()
-    cfg = compose(
-        f"+experiment={experiment}", *stand_in, *small, *QUIET, "trainer.fast_dev_run=true", output_dir=tmp_path
-    )
+    cfg = compose(f"+experiment={experiment}", *stand_in, *QUIET, "trainer.fast_dev_run=true", output_dir=tmp_path)
     assert cfg.name == experiment, "a recipe's name is its file's name"
     assert 0.0 <= train(cfg) <= 1.0
 

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from sparsetrain import __version__
 from sparsetrain.callbacks import SparsityCallback
@@ -30,14 +30,14 @@ class Artifacts(L.Callback):
     Args:
         folder: the run's.
         method: how the network becomes sparse; None for a dense run.
-        input_shape: of one example, to count FLOPs with.
+        example_input: a batch of one example, to count FLOPs with.
         facts: how it is run, for the summary: name, command, seed, ...
     """
 
     def __init__(
-        self, folder: Path, method: SparsityCallback | None, input_shape: tuple[int, ...], facts: Mapping[str, Any]
+        self, folder: Path, method: SparsityCallback | None, example_input: Tensor, facts: Mapping[str, Any]
     ) -> None:
-        self.folder, self.method, self.input_shape, self.facts = folder, method, input_shape, dict(facts)
+        self.folder, self.method, self.example_input, self.facts = folder, method, example_input, dict(facts)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -50,7 +50,7 @@ class Artifacts(L.Callback):
         """Write all of it, after every callback's end of the fit; not after an exception."""
         if stage != "fit":
             return
-        report = measure(pl_module, self.method.masks if self.method else {}, torch.zeros(1, *self.input_shape))
+        report = measure(pl_module, self.method.masks if self.method else {}, self.example_input)
         write_model(self.folder, pl_module)
         if self.method is not None:
             write_sparsity(self.folder, self.method, trainer.global_step)

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file
+from torch import Tensor
 
 from sparsetrain.callbacks import IterativeMagnitudePruning
 from sparsetrain.cli.artifacts import MASKS, MODEL, network_of, write_model
@@ -74,7 +74,7 @@ def evaluate_rounds(
     evaluator: L.Trainer,
     module: L.LightningModule,
     datamodule: L.LightningDataModule,
-    input_shape: tuple[int, ...],
+    example_input: Tensor,
 ) -> list[Round]:
     """Validate and test the network of each round in `folder`; on rank 0, write rounds.csv and accuracy.png.
 
@@ -83,7 +83,7 @@ def evaluate_rounds(
         evaluator: a Trainer without callbacks and loggers, of as many processes as the run had.
         module: of the run; holds the network of the last round afterwards.
         datamodule: of the run.
-        input_shape: of one example, to count FLOPs with.
+        example_input: a batch of one example, to count FLOPs with.
     """
     rounds: list[Round] = []
     masks = None
@@ -91,7 +91,7 @@ def evaluate_rounds(
         of_round = folder / FOLDER / str(number)
         facts, before, masks = json.loads((of_round / FACTS).read_text()), masks, load_masks(of_round / MASKS)
         network_of(module).load_state_dict(load_file(of_round / MODEL))
-        report = measure(module, masks, torch.zeros(1, *input_shape))
+        report = measure(module, masks, example_input)
         metrics: dict[str, float] = {}
         for evaluate in (evaluator.validate, evaluator.test):
             metrics |= dict(next(iter(evaluate(module, datamodule=datamodule, verbose=False)), {}))

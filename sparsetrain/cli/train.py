@@ -24,6 +24,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from sparsetrain.callbacks import ExactResume, IterativeMagnitudePruning, SparsityCallback
 from sparsetrain.cli import artifacts, metrics, rounds, schema
@@ -100,13 +101,14 @@ def _train(cfg: DictConfig) -> float:
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     datamodule = instantiate(cfg.dataset)
     _fill_in(cfg.data, datamodule)
+    example_input = _example_input(datamodule)
     _check_metric(cfg)
     module = _module(cfg)
     method: SparsityCallback | None = instantiate(cfg.method)
     loggers: list[Logger] = list((instantiate(cfg.logger) or {}).values())
     try:
         trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
-            callbacks=_callbacks(cfg, folder, method),
+            callbacks=_callbacks(cfg, folder, method, example_input),
             logger=loggers,
             plugins=[AtomicCheckpointIO()],
             default_root_dir=folder,
@@ -116,7 +118,7 @@ def _train(cfg: DictConfig) -> float:
         results = _fit(trainer, module, datamodule, cfg.ckpt_path, earlier)
         results |= trainer.test(module, datamodule=datamodule, verbose=False)[0]
         if isinstance(method, IterativeMagnitudePruning):
-            done = rounds.evaluate_rounds(folder, _evaluator(cfg, folder), module, datamodule, _input_shape(cfg))
+            done = rounds.evaluate_rounds(folder, _evaluator(cfg, folder), module, datamodule, example_input)
             if trainer.is_global_zero:
                 artifacts.add_to_summary(folder, rounds=[{"sparsity": r.sparsity, **r.metrics} for r in done])
         if trainer.is_global_zero:
@@ -173,7 +175,9 @@ def _fit(
     return dict(next(iter(trainer.validate(module, datamodule=datamodule, verbose=False)), {}))
 
 
-def _callbacks(cfg: DictConfig, folder: Path, method: SparsityCallback | None) -> list[L.Callback]:
+def _callbacks(
+    cfg: DictConfig, folder: Path, method: SparsityCallback | None, example_input: Tensor
+) -> list[L.Callback]:
     facts = {
         "name": cfg.name,
         "command": shlex.join(sys.argv),
@@ -181,7 +185,7 @@ def _callbacks(cfg: DictConfig, folder: Path, method: SparsityCallback | None) -
         "resumed_from": cfg.ckpt_path,
         "seed": cfg.seed,
     }
-    own = [artifacts.Artifacts(folder, method, _input_shape(cfg), facts), ExactResume()]
+    own = [artifacts.Artifacts(folder, method, example_input, facts), ExactResume()]
     if isinstance(method, IterativeMagnitudePruning):
         own.append(rounds.RoundArtifacts(folder, method))
     others = [callback for callback in (instantiate(cfg.callbacks) or {}).values() if callback is not None]
@@ -200,10 +204,6 @@ def _evaluator(cfg: DictConfig, folder: Path) -> L.Trainer:
     finally:
         quiet.setLevel(level)
     return trainer
-
-
-def _input_shape(cfg: DictConfig) -> tuple[int, ...]:
-    return tuple(cfg.data.input_shape)
 
 
 def _begin_logs(cfg: DictConfig, folder: Path, loggers: list[Logger], earlier: Mapping[str, Any] | None) -> None:
@@ -261,16 +261,21 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
 
 def _fill_in(data: DictConfig, datamodule: Any) -> None:
     """The facts about the dataset that models ask for."""
-    channels, height, width = datamodule.input_shape
-    data.num_classes = datamodule.num_classes
-    data.input_shape, data.channels = [channels, height, width], channels
-    data.image_size = height if height == width else None
+    data.num_classes, data.input_shape = datamodule.num_classes, list(datamodule.input_shape)
+    if len(datamodule.input_shape) == 3:
+        data.channels, height, width = datamodule.input_shape
+        data.image_size = height if height == width else None
+
+
+def _example_input(datamodule: Any) -> Tensor:
+    """A batch of one example; images are floats."""
+    return torch.zeros(1, *datamodule.input_shape, dtype=getattr(datamodule, "input_dtype", torch.float32))
 
 
 def _check_metric(cfg: DictConfig) -> None:
     if str(cfg.optimized_metric).startswith("val/") and cfg.dataset.get("val_size") == 0:
         raise ValueError(
-            f"optimized_metric={cfg.optimized_metric} is measured on validation images, but dataset.val_size=0 leaves "
+            f"optimized_metric={cfg.optimized_metric} is measured on validation data, but dataset.val_size=0 leaves "
             "none. Hold some out, or set optimized_metric=null."
         )
 

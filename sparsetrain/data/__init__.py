@@ -1,4 +1,4 @@
-"""Image sets, whole on the device or decoded file by file, and the loaders that batch them exactly resumably."""
+"""Image sets, whole on the device or decoded file by file, texts, and loaders that batch them exactly resumably."""
 
 from sparsetrain.data.augment import Augmentation, Flip, Shift
 from sparsetrain.data.cifar import CIFAR10, CIFAR100
@@ -8,6 +8,7 @@ from sparsetrain.data.in_memory import InMemoryDataModule, Samples
 from sparsetrain.data.loader import InMemoryLoader, ResumableLoader
 from sparsetrain.data.mnist import MNIST, FashionMNIST
 from sparsetrain.data.synthetic import Synthetic
+from sparsetrain.data.text import TextFile, TextLoader, TinyShakespeare
 
 __all__ = [
     "CIFAR10",
@@ -25,4 +26,7 @@ __all__ = [
     "Samples",
     "Shift",
     "Synthetic",
+    "TextFile",
+    "TextLoader",
+    "TinyShakespeare",
 ]

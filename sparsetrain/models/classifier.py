@@ -95,10 +95,14 @@ class Classifier(L.LightningModule):
         logits: Tensor = self.network(images)
         return logits
 
+    def predictions(self, batch: Batch) -> Batch:
+        """Logits, shape (examples, num_classes), and labels, shape (examples,), of a batch."""
+        images, labels = batch
+        return self(images), labels
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The training loss, a scalar."""
-        images, labels = batch
-        logits = self(images)
+        logits, labels = self.predictions(batch)
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self.train_metrics.update(logits.detach(), labels)
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(labels))
@@ -131,8 +135,7 @@ class Classifier(L.LightningModule):
         }
 
     def _evaluate(self, batch: Batch, stage: str, metrics: MetricCollection) -> None:
-        images, labels = batch
-        logits = self(images)
+        logits, labels = self.predictions(batch)
         metrics.update(logits, labels)
         loss = F.cross_entropy(logits, labels)
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)

@@ -3,7 +3,7 @@
 Only the class of a module changes: its Parameters, their names, its hooks and every reference to it stay.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -73,6 +73,11 @@ class _Effective(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         key = f"{prefix}weight"
         destination[key] = destination[key].masked_fill(~self.mask, 0)
+
+    def _load_from_state_dict(self, *arguments: Any, **settings: Any) -> None:
+        """Load as the plain layer does, and forget what was made of the weights before."""
+        super()._load_from_state_dict(*arguments, **settings)
+        self.forget()
 
     def forget(self) -> None:
         """Drop the cache: each forward computes the effective weights again."""
@@ -190,7 +195,7 @@ def convert(module: nn.Module, rule: NMRule, *, where: Selection = Selection()) 
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     rows: list[PlanRow] = []
-    layers: list[Any] = []  # their class is about to change
+    layers: list[nn.Module] = []
     for row in where.plan(module):
         obstacle: str | None = row.reason
         if row.pruned:
@@ -207,11 +212,16 @@ def convert(module: nn.Module, rule: NMRule, *, where: Selection = Selection()) 
     if not layers:
         reasons = "; ".join(f"{row.name}: {row.reason}" for row in rows[:8])
         raise ValueError(f"No layer of {type(module).__name__} can hold {rule}: {reasons}. Choose others in `where`.")
-    for layer in layers:
+    make_effective(layers, rule)
+    return tuple(rows)
+
+
+def make_effective(layers: Iterable[Any], rule: NMRule) -> None:
+    """Convert plain layers that are known to hold the pattern, such as `unconvert` returns."""
+    for layer in layers:  # of any type to type checkers, for their class changes
         layer.__class__ = _EFFECTIVE[type(layer)]
         layer.rule, layer.backend = rule, "reference"
         layer._cached = layer._held = layer._compressed = None
-    return tuple(rows)
 
 
 def effective_layers(module: nn.Module) -> Iterator[tuple[str, EffectiveLayer]]:
@@ -226,12 +236,14 @@ def masks(module: nn.Module) -> dict[str, Tensor]:
     return {_join(name, "weight"): layer.mask for name, layer in effective_layers(module)}
 
 
-def unconvert(module: nn.Module) -> None:
-    """Make every converted layer in `module` the plain one that it was; the dense master weights stay."""
-    for _, layer in list(effective_layers(module)):
+def unconvert(module: nn.Module) -> tuple[nn.Module, ...]:
+    """Make every converted layer in `module` the plain one that it was, and return these; the dense master stays."""
+    layers = tuple(layer for _, layer in effective_layers(module))
+    for layer in layers:
         for attribute in _OWN:
             delattr(layer, attribute)
         layer.__class__ = _PLAIN[type(layer)]
+    return layers
 
 
 @torch.no_grad()

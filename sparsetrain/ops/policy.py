@@ -1,13 +1,13 @@
 """Which converted layers run on sparse kernels, decided by measuring, with a reason for every one."""
 
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from sparsetrain.ops import cusparselt, library
 from sparsetrain.ops.layers import EffectiveConv2d, EffectiveLayer, effective_layers
@@ -35,6 +35,42 @@ class Decision:
     dense_us: float | None = None
     sparse_us: float | None = None
 
+    def __str__(self) -> str:
+        times = "" if self.dense_us is None else f"; {self.dense_us:.1f} us dense, {self.sparse_us:.1f} us sparse"
+        return f"{self.name}: {self.backend} ({self.reason}{times})"
+
+
+def check_backend(backend: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
+    """Raise if `backend` is unknown, or cannot run whatever the layers.
+
+    Args:
+        backend: "auto", "reference" or "cusparselt".
+        dtype: the compute dtype; None looks at the name alone.
+        device: where the layers will be.
+
+    Raises:
+        ValueError: with the reason and the remedy.
+    """
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend={backend!r} is none of {', '.join(map(repr, _BACKENDS))}.")
+    if backend == "cusparselt" and dtype is not None and (reason := cusparselt.probe(dtype, device)):
+        raise _cannot_run(reason)
+
+
+def to_time(module: nn.Module, backend: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The layers whose tokens `choose` needs: with "auto" those that could run on sparse kernels, else none."""
+    if backend != "auto":
+        return ()
+    return tuple(name for name, layer in effective_layers(module) if obstacle(layer, dtype) is None)
+
+
+def tokens_of(layer: EffectiveLayer, x: Tensor) -> int:
+    """Rows of the product of `layer` with the input `x`: batch x positions, of a 1x1 convolution those it puts out."""
+    if isinstance(layer, EffectiveConv2d):
+        rows, columns = layer.stride
+        return x[..., ::rows, ::columns].numel() // layer.in_channels
+    return x.numel() // layer.in_features
+
 
 def choose(
     module: nn.Module,
@@ -46,36 +82,49 @@ def choose(
     """Decide for each converted layer of `module`, and set its `backend`; call `refresh_` after it.
 
     With "auto" a layer that could run on sparse kernels is timed, both ways, and runs on them only if that is more
-    than 5 % faster: the forward product and the input gradient, with the compression of the weights once per step. The
-    weight gradient and the pruning are the same on both. Kernels run with their default algorithm; nothing is searched.
+    than 5 % faster: the forward product and the input gradient, with one compression of the weights. The weight
+    gradient and the pruning are the same on both. Kernels run with their default algorithm; nothing is searched. The
+    compression is charged to one call; a layer that is called several times in a step gains more than is measured.
 
     Args:
         module: a module after `convert`.
         backend: "auto"; "reference" for dense products everywhere; "cusparselt" for sparse ones wherever they exist.
-        tokens: rows of the input of a layer in one step (batch x positions), at least 1; for all, or by layer name.
+        tokens: rows of the input of a layer in one call (batch x positions), at least 1; for all, or by layer name.
+            A layer without any stays on the reference.
         dtype: the compute dtype, torch.bfloat16 under "bf16-mixed".
 
     Returns:
         One row per converted layer.
 
     Raises:
-        ValueError: another `backend`, or no tokens for a layer.
-        RuntimeError: "cusparselt" where no layer can run on it; with the reasons.
+        ValueError: another `backend`, fewer than one token, or "cusparselt" where no layer can run on it.
     """
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend={backend!r} is none of {', '.join(map(repr, _BACKENDS))}.")
-    layers = dict(effective_layers(module))
+    check_backend(backend)
+    if isinstance(tokens, int) and tokens < 1:
+        raise ValueError(f"tokens are {tokens}; they must be at least 1: batch x positions of a call.")
+    times: dict[tuple[int, ...], tuple[float, float]] = {}  # layers of one shape are timed once
     decisions = []
-    for name, layer in layers.items():
-        decisions.append(_decide(name, layer, backend, _tokens_of(name, tokens), dtype))
+    for name, layer in effective_layers(module):
+        count = tokens if isinstance(tokens, int) else tokens.get(name, 0)
+        decisions.append(_decide(name, layer, backend, count, dtype, times))
     if backend == "cusparselt" and all(decision.backend == "reference" for decision in decisions):
-        reasons = "; ".join(sorted({decision.reason for decision in decisions})) or "no layer is converted"
-        raise RuntimeError(f"backend='cusparselt' cannot run here: {reasons}. Use backend='auto' or 'reference'.")
-    for decision in decisions:
-        layer = layers[decision.name]
-        layer.backend = decision.backend
-        layer.forget()
+        raise _cannot_run("; ".join(sorted({decision.reason for decision in decisions})) or "no layer is converted")
+    assign(module, decisions)
     return tuple(decisions)
+
+
+def assign(module: nn.Module, decisions: Iterable[Decision]) -> None:
+    """Let the converted layers of `module` run as decided, perhaps by another process; call `refresh_` after it."""
+    layers = dict(effective_layers(module))
+    for decision in decisions:
+        layers[decision.name].backend = decision.backend
+        layers[decision.name].forget()
+
+
+def describe(decisions: Sequence[Decision]) -> str:
+    """A line for each layer; one line if it is the same for all."""
+    anonymous = {replace(decision, name=f"all {len(decisions)} layers") for decision in decisions}
+    return "\n".join(map(str, anonymous if len(anonymous) == 1 < len(decisions) else decisions))
 
 
 def obstacle(layer: EffectiveLayer, dtype: torch.dtype) -> str | None:
@@ -94,21 +143,30 @@ def obstacle(layer: EffectiveLayer, dtype: torch.dtype) -> str | None:
     return cusparselt.obstacle(layer.weight.flatten(1).shape)
 
 
-def _tokens_of(name: str, tokens: int | Mapping[str, int]) -> int:
-    count = tokens if isinstance(tokens, int) else tokens.get(name, 0)
-    if count < 1:
-        raise ValueError(f"tokens of layer {name!r} are {count}; they must be at least 1: batch x positions of a step.")
-    return count
+def _cannot_run(reason: str) -> ValueError:
+    return ValueError(f"backend='cusparselt' cannot run here: {reason}. Use backend='auto' or 'reference'.")
 
 
-def _decide(name: str, layer: EffectiveLayer, backend: str, tokens: int, dtype: torch.dtype) -> Decision:
+def _decide(
+    name: str,
+    layer: EffectiveLayer,
+    backend: str,
+    tokens: int,
+    dtype: torch.dtype,
+    times: dict[tuple[int, ...], tuple[float, float]],
+) -> Decision:
     if backend == "reference":
         return Decision(name, "reference", "asked for")
     if reason := obstacle(layer, dtype):
         return Decision(name, "reference", reason)
     if backend == "cusparselt":
         return Decision(name, "cusparselt", "asked for")
-    dense_us, sparse_us = _time_us(layer, tokens, dtype)
+    if not tokens:
+        return Decision(name, "reference", "not called in the first step")
+    shape = (*layer.weight.shape[:2], tokens)
+    if shape not in times:
+        times[shape] = _time_us(layer, tokens, dtype)
+    dense_us, sparse_us = times[shape]
     gain = dense_us / sparse_us
     text = f"{gain:.2f} times as fast as dense at {tokens} tokens"
     if gain > GAIN:
@@ -121,11 +179,12 @@ def _time_us(layer: EffectiveLayer, tokens: int, dtype: torch.dtype) -> tuple[fl
     """Dense and sparse time of one step's forward product and input gradient, medians of interleaved rounds."""
     weight = layer.weight.detach().flatten(1)
     out, inner = weight.shape
-    n, m, sparse_backward = layer.rule.n, layer.rule.m, layer.rule.backward != "dense"
-    forward, backward_t = library.prune_dual_t(weight, n, m, dtype)
+    sparse_backward = layer.rule.backward != "dense"
+    forward, backward_t = library.prune_dual_t(weight, 2, 4, dtype)  # kernels take no notice of more zeros
     backward = backward_t.t().contiguous()
-    x = torch.randn(tokens, inner, dtype=dtype, device=weight.device)
-    g = torch.randn(tokens, out, dtype=dtype, device=weight.device)
+    stream = torch.Generator(weight.device).manual_seed(0)  # the run's own stream must stay where it is
+    x = torch.randn(tokens, inner, dtype=dtype, device=weight.device, generator=stream)
+    g = torch.randn(tokens, out, dtype=dtype, device=weight.device, generator=stream)
 
     def dense() -> None:
         F.linear(x, forward)

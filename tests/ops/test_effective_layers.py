@@ -20,6 +20,7 @@ from sparsetrain.ops import (
     masks,
     unconvert,
 )
+from sparsetrain.ops.layers import make_effective
 from sparsetrain.selection import Selection
 
 BACKWARDS = ["dense", "bidirectional", "transposable"]
@@ -226,6 +227,24 @@ def test_the_cache_serves_until_it_is_refreshed_in_place_or_forgotten(backward):
     layer.forget()
     assert torch.equal(layer(x), new)
     assert all(torch.equal(a, b) for a, b in zip(layer.effective(), tensors, strict=True))
+
+
+def test_loading_forgets_what_was_made_of_the_weights_before():
+    layer, other, x = nn.Linear(8, 8), nn.Linear(8, 8), torch.randn(3, 8)
+    convert(layer, NMRule(2, 4))
+    layer.refresh_()
+    layer.load_state_dict(other.state_dict())
+    convert(other, NMRule(2, 4))
+    assert torch.equal(layer(x), other(x))
+
+
+def test_layers_made_plain_are_made_effective_again():
+    module = net()
+    convert(module, NMRule(2, 4))
+    expected, layers = module(image()), unconvert(module)
+    assert layers == (module[2], module[4], module[5])
+    make_effective(layers, NMRule(2, 4))
+    assert torch.equal(module(image()), expected)
 
 
 def test_the_cache_is_used_only_for_its_own_dtype():

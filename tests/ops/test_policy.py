@@ -1,5 +1,7 @@
 """Each layer's backend is decided with a reason; sparse products are used only where they are faster."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -40,8 +42,13 @@ def test_without_sparse_kernels_auto_is_the_reference_with_the_reason_and_asking
     decisions = decide(module, "auto")
     assert {(decision.backend, decision.reason) for decision in decisions} == {("reference", REASON)}
     assert [decision.name for decision in decisions] == [name for name, _ in effective_layers(module)]
-    with pytest.raises(RuntimeError, match=f"backend='cusparselt' cannot run here: {REASON}. Use backend='auto'"):
-        decide(module, "cusparselt")
+    message = f"backend='cusparselt' cannot run here: {REASON}. Use backend='auto' or 'reference'."
+    for refused in (
+        lambda: decide(module, "cusparselt"),
+        lambda: policy.check_backend("cusparselt", torch.bfloat16, torch.device("cpu")),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
     assert {layer.backend for _, layer in effective_layers(module)} == {"reference"}
 
 
@@ -62,7 +69,7 @@ def test_layers_without_a_kernel_stay_on_the_reference_with_their_reason(as_if_s
 def test_patterns_that_are_not_two_of_four_stay_on_the_reference(as_if_sparse):
     module = nn.Linear(32, 32)
     convert(module, NMRule(4, 8))
-    with pytest.raises(RuntimeError, match="4:8 is not a subset of 2:4"):
+    with pytest.raises(ValueError, match="4:8 is not a subset of 2:4"):
         decide(module, "cusparselt")
 
 
@@ -77,6 +84,112 @@ def test_auto_takes_sparse_only_if_it_is_more_than_five_percent_faster(as_if_spa
     assert (decision.dense_us, decision.sparse_us) == (100.0, sparse_us)
     assert decide(module, "reference")[0].reason == "asked for"
     assert module.backend == "reference"
+
+
+def test_layers_of_one_shape_and_tokens_are_timed_once_and_those_without_tokens_not_at_all(as_if_sparse, monkeypatch):
+    timed = []
+
+    def time_us(layer, tokens, dtype):
+        timed.append((tuple(layer.weight.shape), tokens))
+        return 100.0, 50.0
+
+    monkeypatch.setattr(policy, "_time_us", time_us)
+    module = nn.Sequential(*[nn.Linear(32, 32) for _ in range(4)], nn.Linear(32, 16), nn.Linear(16, 24))
+    convert(module, NMRule(2, 4))
+    names = policy.to_time(module, "auto", torch.bfloat16)
+    assert names == ("0", "1", "2", "3", "4")
+    assert policy.to_time(module, "cusparselt", torch.bfloat16) == ()
+    decisions = policy.choose(module, tokens={"0": 64, "1": 64, "2": 8, "4": 64}, dtype=torch.bfloat16)
+    assert timed == [((32, 32), 64), ((32, 32), 8), ((16, 32), 64)]
+    assert decisions[3].reason == "not called in the first step"
+    assert [decision.backend for decision in decisions] == [*["cusparselt"] * 3, "reference", "cusparselt", "reference"]
+    assert policy.describe(decisions).splitlines()[4:] == [
+        "4: cusparselt (2.00 times as fast as dense at 64 tokens; 100.0 us dense, 50.0 us sparse)",
+        "5: reference (2:4 kernels need sizes divisible by 16; the output has 24)",
+    ]
+    assert policy.describe(decide(module, "reference")) == "all 6 layers: reference (asked for)"
+
+
+@pytest.mark.parametrize("rule", [NMRule(2, 4, backward="bidirectional"), NMRule(2, 32)])
+def test_timing_multiplies_both_ways_and_leaves_the_random_stream_alone(monkeypatch, rule):
+    def event_us(call):
+        call()
+        return 1.0
+
+    monkeypatch.setattr(policy, "_event_us", event_us)
+    module = nn.Linear(32, 16)  # of which 16 outputs hold no group of 32
+    convert(module, rule)
+    before = torch.get_rng_state()
+    assert policy._time_us(module, 8, torch.bfloat16) == (1.0, 1.0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "tokens"),
+    [
+        (lambda: nn.Linear(16, 32), (3, 5, 16), 15),
+        (lambda: nn.Linear(16, 32), (16,), 1),
+        (lambda: nn.Conv2d(16, 32, 1), (3, 16, 4, 6), 72),
+        (lambda: nn.Conv2d(16, 32, 1, stride=(2, 4)), (3, 16, 5, 6), 18),
+        (lambda: nn.Conv2d(16, 32, 1, stride=2), (16, 5, 6), 9),
+    ],
+)
+def test_tokens_are_the_rows_of_what_a_layer_puts_out(make, shape, tokens):
+    layer, x = make(), torch.randn(shape)
+    convert(layer, NMRule(2, 4))
+    assert policy.tokens_of(layer, x) == layer(x).numel() // 32 == tokens
+
+
+def operands(layer):
+    """What the kernels of a layer must multiply now, from its weight and its held mask."""
+    weight, rule = layer.weight.detach(), layer.rule
+    forward, backward = rule.weights(weight, torch.bfloat16, mask=layer._held)
+    return [forward.flatten(1), backward.flatten(1).t() if rule.backward != "dense" else forward.flatten(1)]
+
+
+@pytest.mark.parametrize("backward", ["dense", "bidirectional", "transposable"])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(32, 16), lambda: nn.Conv2d(32, 16, 1)])
+def test_what_kernels_multiply_follows_refreshes_held_masks_loading_and_copies(as_if_sparse, make, backward):
+    def used():
+        """What the next products multiply, if they run in bfloat16; on a CPU it is not compressed."""
+        kept = layer._compressed
+        return layer._compress(torch.bfloat16) if kept is None else kept
+
+    def is_present():
+        return all(torch.equal(a, b) for a, b in zip(used(), operands(layer), strict=True))
+
+    layer = make()
+    convert(layer, NMRule(2, 4, backward=backward))
+    decide(layer, "cusparselt")
+    assert layer._compressed is None  # a choice forgets
+    layer.refresh_(torch.bfloat16)
+    first = layer._compressed
+    layer.weight.data.normal_()
+    assert not is_present()
+    layer.refresh_(torch.bfloat16)
+    assert is_present()
+    assert layer._compressed is first  # in the same storage
+    if backward != "bidirectional":
+        layer.hold_(layer.mask)
+        layer.weight.data.normal_()
+        layer.refresh_(torch.bfloat16)
+        assert is_present()
+        held = used()[0].clone()
+        layer.hold_(None)
+        assert is_present()
+        assert not torch.equal(used()[0] != 0, held != 0)
+        layer.refresh_(torch.bfloat16)
+    twin = copy.deepcopy(layer)
+    twin.weight.data.normal_()
+    twin.refresh_(torch.bfloat16)
+    assert is_present()
+    assert twin.backend == "cusparselt"
+    layer.load_state_dict(twin.state_dict())
+    assert is_present()
+    layer.refresh_(torch.bfloat16)
+    assert is_present()
+    unconvert(layer)
+    assert not {"rule", "backend", "_cached", "_held", "_compressed"} & set(vars(layer))
 
 
 @pytest.mark.parametrize("backward", ["dense", "bidirectional", "transposable"])
@@ -120,9 +233,8 @@ def test_wrong_arguments_are_refused():
     convert(module, NMRule(2, 4))
     with pytest.raises(ValueError, match="backend='cuda' is none of 'auto', 'reference', 'cusparselt'"):
         policy.choose(module, "cuda", tokens=8, dtype=torch.bfloat16)
-    for tokens in (0, {"other": 8}):
-        with pytest.raises(ValueError, match="tokens of layer '' are 0; they must be at least 1"):
-            policy.choose(module, tokens=tokens, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="tokens are 0; they must be at least 1"):
+        policy.choose(module, tokens=0, dtype=torch.bfloat16)
 
 
 @pytest.mark.gpu

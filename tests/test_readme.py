@@ -76,6 +76,7 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
         ("digits_lottery", "tables", ["digits_lottery/results/digits_lottery.json"], "digits_lottery/README.md"),
         ("digits_lottery", "bars_table", ["digits_lottery/results/digits_lottery.json"], "../README.md"),
         ("nm_accuracy", "table", ["nm_accuracy/results/digits.json"], "nm_accuracy/README.md"),
+        ("nm_accuracy", "summary_table", ["nm_accuracy/results/digits.json"], "../README.md"),
         ("kernel_speed/kernel_tables", "tables", KERNEL_RESULTS, "kernel_speed/README.md"),
         ("kills", "table", ["kills/results/kills.json"], "kills/README.md"),
         ("kills", "table", ["kills/results/rounds.json"], "kills/README.md"),

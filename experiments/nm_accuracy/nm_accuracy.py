@@ -26,6 +26,7 @@ RESULTS = HERE / "results"
 RUNS = Path("runs/nm_accuracy")
 SEEDS = (1, 2, 3, 4, 5)
 BDWP, STRAIGHT = "method=bdwp", "method=straight_through"
+BARRED = "BDWP 2:4"
 
 
 @dataclass(frozen=True)
@@ -33,31 +34,35 @@ class Task:
     """A network, its data and recipe, and the arms trained so.
 
     Args:
+        title: what tables call it.
         recipe: Hydra overrides of every arm.
         arms: name -> its own overrides, those that matter most first.
-        bar: that the lower end of BDWP 2:4's interval has to pass, in points.
+        bar: of the difference of `BARRED` from dense, in points.
     """
 
+    title: str
     recipe: tuple[str, ...]
     arms: Mapping[str, tuple[str, ...]]
-    bar: float
+    bar: str
 
 
 TASKS = {
     "digits": Task(
+        "LeNet-300-100, digits",
         ("+experiment=digits_dense",),
         {
             "dense": (),
-            "BDWP 2:4": (BDWP,),
+            BARRED: (BDWP,),
             "BDWP 1:4": (BDWP, "method.n=1"),
             "STE 2:4": (STRAIGHT, "method.decay=0.0"),
             "SR-STE 2:4": (STRAIGHT,),
             "SR-STE 1:4": (STRAIGHT, "method.n=1"),
             "transposable 2:4": (STRAIGHT, "method.transposable=true", "method.decay=0.0"),
         },
-        bar=-1.0,
+        bar="mean > -1.0",
     ),
     "resnet20": Task(
+        "ResNet-20, CIFAR-10 at 16x16, 30 epochs",
         (
             "+experiment=resnet20_dense",
             "dataset.size=16",
@@ -68,12 +73,12 @@ TASKS = {
         ),
         {
             "dense": (),
-            "BDWP 2:4": (BDWP,),
+            BARRED: (BDWP,),
             "SR-STE 2:4": (STRAIGHT,),
             "STE 2:4": (STRAIGHT, "method.decay=0.0"),
             "BDWP 2:8": (BDWP, "method.m=8"),
         },
-        bar=-1.5,
+        bar="lower end > -1.5",
     ),
 }
 
@@ -119,20 +124,32 @@ def _one_thread() -> None:
 
 def table(results: Mapping[str, Any]) -> str:
     """Accuracy of each arm over its seeds, and its difference from dense over those that both have."""
-    task, lines = TASKS[results["task"]], []
-    accuracy = {arm: {one["seed"]: one["test_accuracy"] for one in runs} for arm, runs in _by_arm(results).items()}
+    lines = []
     for arm, runs in _by_arm(results).items():
-        every = t_interval(list(accuracy[arm].values()))
-        row = [arm, f"{runs[0]['sparsity']:.1%}", f"{every.mean:.2%} +- {every.std:.2%}", len(runs), "", "", ""]
-        if arm != "dense":
-            both = sorted(accuracy[arm].keys() & accuracy["dense"].keys())
-            found = paired([accuracy[arm][seed] - accuracy["dense"][seed] for seed in both])
-            row[4:6] = [f"{100 * found.mean:+.2f}", f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"]
-        if arm == "BDWP 2:4":
-            row[6] = f"> {task.bar}"
-        lines.append(tuple(row))
+        every = t_interval([one["test_accuracy"] for one in runs])
+        difference = _difference(results, arm) if arm != "dense" else ("", "")
+        bar = TASKS[results["task"]].bar if arm == BARRED else ""
+        sparsity, accuracy = f"{runs[0]['sparsity']:.1%}", f"{every.mean:.2%} +- {every.std:.2%}"
+        lines.append((arm, sparsity, accuracy, len(runs), *difference, bar))
     header = ("method", "sparsity", "test accuracy", "seeds", "less dense, points", "95 % interval", "bar")
     return f"{markdown_table(header, lines)}\n\n{_facts(results)}"
+
+
+def summary_table(*results: Mapping[str, Any]) -> str:
+    """The arms that have a bar."""
+    lines = []
+    for one in results:
+        task, runs = TASKS[one["task"]], _by_arm(one)[BARRED]
+        lines.append((BARRED, task.title, len(runs), *_difference(one, BARRED), task.bar))
+    header = ("method", "task", "seeds", "less dense, points", "95 % interval", "bar")
+    return markdown_table(header, lines)
+
+
+def _difference(results: Mapping[str, Any], arm: str) -> tuple[str, str]:
+    """Mean difference from dense over the seeds that both have, in points, and its interval."""
+    values, dense = ({one["seed"]: one["test_accuracy"] for one in _by_arm(results)[name]} for name in (arm, "dense"))
+    found = paired([values[seed] - dense[seed] for seed in sorted(values.keys() & dense.keys())])
+    return f"{100 * found.mean:+.2f}", f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
 
 
 def _by_arm(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -151,13 +168,17 @@ def _facts(results: Mapping[str, Any]) -> str:
 
 
 def report() -> None:
-    """Write the table of each task that has results into the README."""
-    readme = HERE / "README.md"
-    for path in sorted(RESULTS.glob("*.json")):
-        begin, end = f"<!-- {path.stem}:begin -->", f"<!-- {path.stem}:end -->"
-        before, _, rest = readme.read_text().partition(begin)
-        body = f"{begin}\n{table(json.loads(path.read_text()))}\n{end}"
-        readme.write_text(f"{before}{body}{rest.partition(end)[2]}")
+    """Write the table of each task that has results into this folder's README, the summary into the project's."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    for one in results:
+        _write(HERE / "README.md", one["task"], table(one))
+    _write(HERE.parents[1] / "README.md", "nm", summary_table(*results))
+
+
+def _write(readme: Path, name: str, body: str) -> None:
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = readme.read_text().partition(begin)
+    readme.write_text(f"{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}")
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from sparsetrain import __version__
 from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.callbacks.nm_training import NMTraining
 from sparsetrain.masks import Masks, Update, save_masks
 from sparsetrain.report import draw_sparsity, measure, report_table, write_sparsity_csv
 
@@ -65,6 +67,8 @@ class Artifacts(L.Callback):
             "versions": _versions(),
             "git": git_state(),
         }
+        if isinstance(self.method, NMTraining):
+            summary["backends"] = [asdict(decision) for decision in self.method.decisions]
         _write_json(self.folder / SUMMARY, summary)
 
 

@@ -83,6 +83,17 @@ def test_a_sparse_run_leaves_files_that_agree_with_each_other(
     assert str(run) in printed
 
 
+def test_the_summary_of_an_nm_run_says_which_backend_each_layer_ran_on_and_why(dense):
+    cfg = dense("method=bdwp")
+    train(cfg)
+    backends = json.loads((Path(cfg.output_dir) / "summary.json").read_text())["backends"]
+    reason = "2:4 kernels compute in bfloat16 or float16, not in torch.float32"
+    empty = {"dense_us": None, "sparse_us": None}
+    assert backends == [
+        {"name": f"network.{name}", "backend": "reference", "reason": reason} | empty for name in ("fc1", "fc2")
+    ]
+
+
 def test_the_summary_says_what_was_run_where_and_for_how_long(sparse: Config, tmp_path: Path) -> None:
     train(sparse("seed=7"))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -268,8 +268,8 @@ def _fill_in(data: DictConfig, datamodule: Any) -> None:
 
 
 def _example_input(datamodule: Any) -> Tensor:
-    """A batch of one example; images are floats."""
-    return torch.zeros(1, *datamodule.input_shape, dtype=getattr(datamodule, "input_dtype", torch.float32))
+    """A batch of one example, of zeros."""
+    return torch.zeros(1, *datamodule.input_shape, dtype=datamodule.input_dtype)
 
 
 def _check_metric(cfg: DictConfig) -> None:

@@ -5,7 +5,7 @@ from sparsetrain.data.cifar import CIFAR10, CIFAR100
 from sparsetrain.data.digits import Digits
 from sparsetrain.data.folder import FileLoader, ImageFolder
 from sparsetrain.data.in_memory import InMemoryDataModule, Samples
-from sparsetrain.data.loader import InMemoryLoader, ResumableLoader
+from sparsetrain.data.loader import ImageLoader, InMemoryLoader, ResumableLoader
 from sparsetrain.data.mnist import MNIST, FashionMNIST
 from sparsetrain.data.synthetic import Synthetic
 from sparsetrain.data.text import TextFile, TextLoader, TinyShakespeare
@@ -20,6 +20,7 @@ __all__ = [
     "FileLoader",
     "Flip",
     "ImageFolder",
+    "ImageLoader",
     "InMemoryDataModule",
     "InMemoryLoader",
     "ResumableLoader",

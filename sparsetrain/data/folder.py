@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sparsetrain.data.loader import ResumableLoader
+from sparsetrain.data.loader import ImageLoader
 from sparsetrain.data.module import Place, SplitDataModule, Splits
 from sparsetrain.data.split import split_digest, stratified_split
 from sparsetrain.rng import derive_seed
@@ -47,7 +47,7 @@ class Files(NamedTuple):
         return self.folder / os.fsdecode(self.names[index])
 
 
-class FileLoader(ResumableLoader):
+class FileLoader(ImageLoader):
     """Batches of image files, decoded by worker processes; the augmentation of a sample is f(seed, epoch, its index).
 
     Wraps a plain `DataLoader` over the batches that are left of the epoch: resuming decodes none of those before, where
@@ -58,11 +58,11 @@ class FileLoader(ResumableLoader):
         files: N >= 1 of them.
         transform: PIL image in RGB -> uint8 [3, H, W], the same H and W for all. It may draw from torch's global
             generator (as torchvision's do), which is seeded for each sample and put back after it.
-        batch_size: see `ResumableLoader`, as for the other arguments.
+        batch_size: see `ImageLoader`, as for the other arguments.
         num_workers: processes that decode; with 0 it is done between training steps.
 
     Raises:
-        ValueError: what `ResumableLoader` refuses, a negative number of workers, or in an iteration, a file that is no
+        ValueError: what `ImageLoader` refuses, a negative number of workers, or in an iteration, a file that is no
             whole image.
     """
 
@@ -119,10 +119,10 @@ class FileLoader(ResumableLoader):
 class ImageFolder(SplitDataModule[Files]):
     """Images in one folder a class, as ImageNet's: cropped to one size, standardised by ImageNet's statistics.
 
-    The images of `root`/train are trained on, less those held out for val; those of `root`/val, ImageNet's published
-    validation images, are the test set, which nothing is chosen by. Classes are numbered by name. Training images are
-    cropped at random (`RandomResizedCrop`: 8 to 100 % of the area) and mirrored at random; val and test images are
-    resized and cropped at the centre. Needs torchvision.
+    The images of `root`/train are trained on, less those held out for val, stratified by class; those of `root`/val,
+    ImageNet's published validation images, are the test set, which nothing is chosen by. Classes are numbered by name.
+    Training images are cropped at random (`RandomResizedCrop`: 8 to 100 % of the area) and mirrored at random; val and
+    test images are resized and cropped at the centre. Needs torchvision.
 
     Args:
         root: folder above train and val.

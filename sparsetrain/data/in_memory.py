@@ -27,7 +27,7 @@ class Samples(NamedTuple):
 class InMemoryDataModule(SplitDataModule[Samples]):
     """Base of the small image sets, whose loaders put their images on the Trainer's device; see `InMemoryLoader`.
 
-    A subclass gives `num_classes`, `input_shape` and `read`, and where it downloads, `prepare_data`.
+    A subclass gives `num_classes`, `input_shape` and `read`, and where it downloads, `prepare_data`. val is stratified.
 
     Args:
         batch_size: see `SplitDataModule`, as for the other arguments.

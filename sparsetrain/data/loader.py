@@ -1,4 +1,4 @@
-"""Exactly resumable batches: the contract of our loaders, and the loader of a set that lives whole on a device."""
+"""Exactly resumable batches: the contract of our loaders, and the loader of images that live whole on a device."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ class EpochSampler:
 
 
 class ResumableLoader(ABC):
-    """Batches (images float32 [B, C, H, W], labels int64 [B]), each a fixed function of its place in the run.
+    """Batches (inputs [B, ...], targets [B, ...]) of B samples, each a fixed function of its place in the run.
 
     The order of an epoch is f(seed, epoch), and augmentation depends on the seed and the place of a batch or sample
     alone: a batch is the same whether the run came to it from the start or from a checkpoint, and the global generators
@@ -43,9 +43,7 @@ class ResumableLoader(ABC):
 
     Args:
         samples: in the data, at least 1.
-        channels: of an image.
         batch_size: samples in a batch on each rank, at least 1.
-        mean, std: per channel [C], in the unit of the raw pixels; a batch is (raw - mean) / std.
         shuffle: a new order each epoch; else that of the data.
         drop_last: leave out the last, smaller batch, and samples that do not divide among the ranks.
         seed: of order and augmentation.
@@ -53,8 +51,7 @@ class ResumableLoader(ABC):
         device: where batches are handed out.
 
     Raises:
-        ValueError: a batch size below 1, a rank outside its world, a std that is not positive, or data too few for one
-            batch on every rank.
+        ValueError: a batch size below 1, a rank outside its world, or data too few for one batch on every rank.
     """
 
     batch_sampler = None  # Lightning looks for samplers here too
@@ -62,11 +59,8 @@ class ResumableLoader(ABC):
     def __init__(
         self,
         samples: int,
-        channels: int,
         *,
         batch_size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
         shuffle: bool = False,
         drop_last: bool = False,
         seed: int = 0,
@@ -74,27 +68,19 @@ class ResumableLoader(ABC):
         world_size: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
-        if not len(mean) == len(std) == channels or min(std) <= 0:
-            raise ValueError(
-                f"mean {tuple(mean)} and std {tuple(std)} must each give one number for each of the "
-                f"{channels} channels, and every std must be above 0."
-            )
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is outside its world of {world_size}; it must be in [0, {world_size}).")
         self.batch_size, self.shuffle, self.drop_last = batch_size, shuffle, drop_last
         self.rank, self.world_size = rank, world_size
         self.device = torch.device(device)
         self._samples, self._batches = samples, self._count_batches(samples)
-        self._mean, self._std = (
-            torch.tensor(list(row), dtype=torch.float32, device=device).view(-1, 1, 1) for row in (mean, std)
-        )
         self.sampler = EpochSampler()
         self._epoch, self._batch, self._resuming = 0, 0, False
         self.reseed(seed)
 
     @abstractmethod
-    def raw_batches(self, share: Tensor, start: int, *, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches number `start` and after of an epoch, in raw pixels: uint8 [B, C, H, W] and int64 [B], on `device`.
+    def batches(self, share: Tensor, start: int, *, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches number `start` and after of an epoch, on `device`, as they are handed out.
 
         Args:
             share: int64 [M], the samples of the whole epoch on this rank; `self.part(share, b)` are those of batch b.
@@ -139,10 +125,10 @@ class ResumableLoader(ABC):
         seed, local_epoch = self.seed, epoch - self.epoch0
         start = self._batch if self._resuming and self._epoch == epoch else 0
         self._resuming = False
-        made = self.raw_batches(self._share(seed, local_epoch), start, seed=seed, epoch=local_epoch)
-        for index, (images, labels) in enumerate(made, start):
+        made = self.batches(self._share(seed, local_epoch), start, seed=seed, epoch=local_epoch)
+        for index, batch in enumerate(made, start):
             self._epoch, self._batch = epoch, (index + 1) % len(self)
-            yield images.to(torch.float32).sub_(self._mean).div_(self._std), labels
+            yield batch
 
     def part(self, share: Tensor, batch: int) -> Tensor:
         """The samples of `batch` in a rank's share [M], so that each batch after it has at least one."""
@@ -178,18 +164,74 @@ class ResumableLoader(ABC):
         return batches
 
 
-class InMemoryLoader(ResumableLoader):
+class ImageLoader(ResumableLoader):
+    """Batches of labelled images: (standardised float32 [B, C, H, W], int64 [B]).
+
+    Args:
+        samples: see `ResumableLoader`, as for the other arguments.
+        channels: of an image.
+        mean, std: per channel [C], in the unit of the raw pixels; a batch is (raw - mean) / std.
+
+    Raises:
+        ValueError: a mean or std for another number of channels, a std that is not positive, or what `ResumableLoader`
+            refuses.
+    """
+
+    def __init__(
+        self,
+        samples: int,
+        channels: int,
+        *,
+        batch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not len(mean) == len(std) == channels or min(std) <= 0:
+            raise ValueError(
+                f"mean {tuple(mean)} and std {tuple(std)} must each give one number for each of the "
+                f"{channels} channels, and every std must be above 0."
+            )
+        super().__init__(
+            samples,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            device=device,
+        )
+        self._mean, self._std = (
+            torch.tensor(list(row), dtype=torch.float32, device=device).view(-1, 1, 1) for row in (mean, std)
+        )
+
+    @abstractmethod
+    def raw_batches(self, share: Tensor, start: int, *, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `batches` standardises, of the same arguments: raw pixels uint8 [B, C, H, W] and int64 [B]."""
+
+    def batches(self, share: Tensor, start: int, *, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for images, labels in self.raw_batches(share, start, seed=seed, epoch=epoch):
+            yield images.to(torch.float32).sub_(self._mean).div_(self._std), labels
+
+
+class InMemoryLoader(ImageLoader):
     """Batches of images that live whole on a device; the augmentation of a batch is f(seed, epoch, its index, rank).
 
     Args:
         images: uint8 [N, C, H, W], N >= 1, raw pixels. Moved to `device` once.
         labels: int64 [N]. Moved with them.
-        batch_size: see `ResumableLoader`, as for the other arguments.
+        batch_size: see `ImageLoader`, as for the other arguments.
         augment: applied in turn to the raw batch.
         device: where the data lives and batches are made.
 
     Raises:
-        ValueError: wrong shapes or dtypes, or what `ResumableLoader` refuses.
+        ValueError: wrong shapes or dtypes, or what `ImageLoader` refuses.
     """
 
     def __init__(

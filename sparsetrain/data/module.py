@@ -1,4 +1,4 @@
-"""The data module of labelled images: train, val and test of one fixed split, and who gets which share of them."""
+"""The base of our data modules: train, val and test of one fixed split, and who gets which share of them."""
 
 from functools import cached_property
 from typing import Generic, NamedTuple, TypeVar
@@ -32,13 +32,13 @@ class SplitDataModule(L.LightningDataModule, Generic[S]):
     """Base of the data modules: the loaders of three fixed splits.
 
     A subclass gives `num_classes`, `input_shape`, `split` and `loader`, and where it downloads, `prepare_data`. val is
-    held out of the training images by a fixed stratified split that no seed changes. Loaders hand their batches out on
-    the Trainer's device (the CPU without a Trainer) and share them among its ranks; see `ResumableLoader`.
+    held out of the training data by a fixed split that no seed changes. Loaders hand their batches out on the Trainer's
+    device (the CPU without a Trainer) and share them among its ranks; see `ResumableLoader`.
 
     Args:
         batch_size: training samples in a batch on each rank, at least 1.
         eval_batch_size: the same for val and test; None takes `batch_size`.
-        val_size: training images held out for val. With 0 all are trained on and there is no val loader (Lightning
+        val_size: training samples held out for val. With 0 all are trained on and there is no val loader (Lightning
             warns of it unless `limit_val_batches=0`): nothing may then be chosen by a validation metric.
         drop_last: leave the last, smaller training batch out.
         seed: of the order and augmentation of training batches.
@@ -47,8 +47,10 @@ class SplitDataModule(L.LightningDataModule, Generic[S]):
         ValueError: a batch size below 1 or a negative `val_size`.
     """
 
-    input_shape: tuple[int, int, int]
-    """(channels, height, width) of an image."""
+    input_shape: tuple[int, ...]
+    """Of one input: (channels, height, width) of an image, (context,) of a text."""
+    input_dtype: torch.dtype = torch.float32
+    """Of a batch's inputs."""
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class SplitDataModule(L.LightningDataModule, Generic[S]):
 
     def split(self) -> Splits[S]:
         """Read the data and divide it."""
-        raise NotImplementedError(f"{type(self).__name__} must say how its images are read and split.")
+        raise NotImplementedError(f"{type(self).__name__} must say how its data is read and split.")
 
     def loader(
         self, samples: S, place: Place, *, batch_size: int, train: bool, shuffle: bool, drop_last: bool
@@ -86,7 +88,7 @@ class SplitDataModule(L.LightningDataModule, Generic[S]):
 
     @property
     def split_hash(self) -> str:
-        """16 hexadecimal digits that name the samples and labels of the split (reads the data unless `setup` has)."""
+        """16 hexadecimal digits that name the samples of each split (reads the data unless `setup` has)."""
         return self.splits.digest
 
     def setup(self, stage: str) -> None:

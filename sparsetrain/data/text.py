@@ -50,10 +50,7 @@ class TextLoader(ResumableLoader):
             )
         super().__init__(
             (len(text) - (context if shuffle else 1)) // context,
-            1,
             batch_size=batch_size,
-            mean=(0.0,),
-            std=(1.0,),
             shuffle=shuffle,
             drop_last=drop_last,
             seed=seed,
@@ -63,18 +60,13 @@ class TextLoader(ResumableLoader):
         )
         self.text, self.context = text.to(device), context
 
-    def raw_batches(self, share: Tensor, start: int, *, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, share: Tensor, start: int, *, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         offset = int(torch.randint(self.context, (), generator=generator(seed, "offset", epoch))) if self.shuffle else 0
         first = share.to(self.device) * self.context + offset
         places = torch.arange(self.context + 1, device=self.device)
         for index in range(start, len(self)):
             blocks = self.text[self.part(first, index)[:, None] + places]
-            yield blocks[:, None, None, :-1], blocks[:, 1:].long()
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        # The base hands out float images: ours have one channel and one row, and a byte is exact in float32.
-        for images, targets in super().__iter__():
-            yield images[:, 0, 0].long(), targets
+            yield blocks[:, :-1].long(), blocks[:, 1:].long()
 
 
 class TextFile(SplitDataModule[Tensor]):
@@ -95,8 +87,6 @@ class TextFile(SplitDataModule[Tensor]):
     """
 
     num_classes = 256
-    input_shape: tuple[int]  # type: ignore[assignment]  # of images in the base
-    """(context,)."""
     input_dtype = torch.int64
 
     def __init__(

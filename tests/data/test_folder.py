@@ -98,7 +98,7 @@ def test_evaluation_batches_are_the_resized_and_cropped_images_of_each_split(roo
     ):
         images = torch.cat([images for images, _ in loader])
         labels = torch.cat([labels for _, labels in loader])
-        assert images.dtype == torch.float32
+        assert (images.shape[1:], images.dtype) == (module.input_shape, module.input_dtype)
         assert torch.equal(labels, files.labels)
         for index, image in enumerate(images):
             small = functional.resize(Image.open(files.path(index)).convert("RGB"), module.eval_resize)

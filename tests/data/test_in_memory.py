@@ -230,6 +230,7 @@ def test_published_statistics_are_used_where_a_subclass_gives_them():
             return samples, samples
 
     images, _ = next(iter(Tiny().test_dataloader()))
+    assert (images.shape[1:], images.dtype) == (Tiny.input_shape, Tiny.input_dtype)
     assert images.flatten().tolist() == [2.0] * 4
 
 

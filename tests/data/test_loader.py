@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsetrain.data import Flip, InMemoryLoader, Shift
+from sparsetrain.data import Flip, InMemoryLoader, ResumableLoader, Shift
 
 AUGMENT = (Shift(1), Flip())
 
@@ -48,6 +48,22 @@ def test_a_batch_is_the_standardised_pixels_and_the_labels():
         [50.0, 60.0]
     ).view(2, 1, 1)
     assert torch.equal(images, expected)
+
+
+def test_a_subclass_of_the_contract_hands_out_its_own_batches_untouched():
+    class Places(ResumableLoader):
+        def batches(self, share, start, *, seed, epoch):
+            for index in range(start, len(self)):
+                made.append((self.part(share, index), torch.tensor([seed, epoch, index])))
+                yield made[-1]
+
+    made: list[tuple[Tensor, Tensor]] = []
+    loader = Places(7, batch_size=3, seed=5)
+    loader.load_state_dict({"epoch": 2, "batch": 1})
+    given = epoch(loader, 2)
+    assert all(ours is theirs for ours, theirs in zip(given, made, strict=True))
+    assert [tuple(part.tolist() for part in batch) for batch in given] == [([3, 4, 5], [5, 2, 1]), ([6], [5, 2, 2])]
+    assert given[0][0].dtype == torch.int64
 
 
 @pytest.mark.parametrize(("drop_last", "sizes"), [(False, [5, 5, 5, 5, 3]), (True, [5, 5, 5, 5])])

@@ -15,7 +15,7 @@ from sparsetrain.callbacks import (
 from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
 from sparsetrain.masks import Masks, Pruning, load_masks, prune, save_masks
 from sparsetrain.patterns import NM, TransposableNM, Unstructured
-from sparsetrain.retrain import LastLR, ReplayLR
+from sparsetrain.retrain import AdaptiveLR, CyclicLR, LastLR, LinearLR, ReplayLR, ScaledLR
 from sparsetrain.schedules import Constant, Cubic, Linear, OneShot
 from sparsetrain.selection import Selection, first_and_last
 from sparsetrain.tickets import Ticket
@@ -26,9 +26,11 @@ __all__ = [
     "ERK",
     "LAMP",
     "NM",
+    "AdaptiveLR",
     "BidirectionalWeightPruning",
     "Constant",
     "Cubic",
+    "CyclicLR",
     "ExactResume",
     "FixedMasks",
     "Global",
@@ -36,6 +38,7 @@ __all__ = [
     "IterativeMagnitudePruning",
     "LastLR",
     "Linear",
+    "LinearLR",
     "LotteryTicketRewinding",
     "Magnitude",
     "Masks",
@@ -45,6 +48,7 @@ __all__ = [
     "Random",
     "ReplayLR",
     "Saliency",
+    "ScaledLR",
     "Selection",
     "SparsityCallback",
     "StraightThroughNM",

@@ -1,5 +1,6 @@
 """Iterative magnitude pruning: many rounds of pruning and retraining in one fit."""
 
+import math
 import random
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,8 +17,8 @@ from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.optimizer_snapshot import OptimizerSnapshot
 from sparsetrain.callbacks.rates import RoundRates, fast_forward
 from sparsetrain.callbacks.trainer import callbacks_of, is_fast_dev_run
-from sparsetrain.masks import Pruning
-from sparsetrain.retrain import ReplayLR, Retrain
+from sparsetrain.masks import Masks, Pruning
+from sparsetrain.retrain import PruningStep, ReplayLR, Retrain
 from sparsetrain.rng import derive_seed
 from sparsetrain.rounds import Rounds, sparsities, whole_lengths
 from sparsetrain.snapshot import Snapshot
@@ -55,7 +56,7 @@ class IterativeMagnitudePruning(SparsityCallback):
         weights: "keep" trains on with what the last round has made, "rewind" goes back to the weights and buffers of
             step `rewind_to` of the dense phase.
         rewind_to: the place of the schedule at which each round begins, below `round_length`.
-        retrain: the learning rate after pruning.
+        retrain: the learning rate after pruning; see `sparsetrain.retrain`.
         optimizer_state: "keep", "reset" to none, or "snapshot": that of step `rewind_to`.
         pruning: what is pruned, scored and allocated how.
         check: see `SparsityCallback`.
@@ -318,7 +319,7 @@ class IterativeMagnitudePruning(SparsityCallback):
             if not dense:
                 fast_forward(trainer, first, self.run.steps_per_epoch or 1)
             self._remember(trainer, pl_module)
-        self._rates.observe(trainer, dense=place < dense)
+        self._rates.observe(trainer, place, dense=place < dense)
 
     def _remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what the rounds will go back to."""
@@ -332,7 +333,11 @@ class IterativeMagnitudePruning(SparsityCallback):
 
     def _begin_round(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.round += 1
+        kept, square = sum(self.masks.kept.values()), _square(self.masks)
         self.change_masks(trainer, pl_module)
+        share = 1 - sum(self.masks.kept.values()) / kept
+        norm_drop = math.sqrt(max(1 - _square(self.masks) / square, 0.0)) if square else 0.0
+        self._rates.observe_pruning(PruningStep(share, norm_drop))
         if self._snapshot is not None:
             self._snapshot.restore_(pl_module)
         self._set_optimizers_back(trainer.optimizers)
@@ -371,6 +376,13 @@ class IterativeMagnitudePruning(SparsityCallback):
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown. Choose {', '.join(map(repr, choices))}.")
+
+
+def _square(masks: Masks) -> float:
+    """The squared Euclidean norm of the maskable weights."""
+    # On the CPU: not every device has float64.
+    weights = (masks.parameter(name).detach().cpu() for name in masks)
+    return sum(float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2 for weight in weights)
 
 
 def _loaders(trainer: L.Trainer) -> Iterator[Any]:

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from sparsetrain.callbacks.trainer import is_fast_dev_run
-from sparsetrain.retrain import DenseRates, ReplayLR, Retrain
+from sparsetrain.retrain import DenseRates, PruningStep, ReplayLR, Retrain
 from sparsetrain.rounds import Rounds
 
 
@@ -25,8 +26,12 @@ class RoundRates:
         self.retrain = retrain
         # Parameter groups and schedulers at the place to go back to.
         self._remembered: dict[str, list[Any]] | None = None
-        # The rates of the dense phase's last step, by optimizer and group.
-        self._last: list[list[float]] = []
+        # What the dense phase has had so far, by optimizer and group: the steps at which a rate began, and the rates.
+        self._seen: list[list[tuple[list[int], list[float]]]] = []
+        self._seen_length = 0
+        # What the policy is told.
+        self._dense: list[list[DenseRates]] = []
+        self._pruned = PruningStep(0.0, 0.0)
         # The Trainer's schedulers while the policy sets the rates, and their restored states until they are there.
         self._resting: list[Any] | None = None
         self._rested: list[dict[str, Any]] | None = None
@@ -75,10 +80,23 @@ class RoundRates:
                     f"both multiples of {period} steps, or let it step at each step."
                 )
 
-    def observe(self, trainer: L.Trainer, *, dense: bool) -> None:
-        """Note the rates of a step before the rounds; one that is not of the dense phase only if there was none."""
-        if dense or not self._last:
-            self._last = [[float(group["lr"]) for group in o.param_groups] for o in trainer.optimizers]
+    def observe(self, trainer: L.Trainer, place: int, *, dense: bool) -> None:
+        """Note the rates of the step at `place`; one that is not of the dense phase only if there was none."""
+        if self.replays or not (dense or not self._seen):
+            return
+        self._seen_length = place + 1
+        self._seen += [[] for _ in trainer.optimizers[len(self._seen) :]]
+        for optimizer, groups in zip(trainer.optimizers, self._seen, strict=True):
+            groups += [([], []) for _ in optimizer.param_groups[len(groups) :]]  # groups may be added in training
+            for group, (starts, rates) in zip(optimizer.param_groups, groups, strict=True):
+                rate = float(group["lr"])
+                if not rates or rates[-1] != rate:
+                    starts.append(place if starts else 0)
+                    rates.append(rate)
+
+    def observe_pruning(self, pruned: PruningStep) -> None:
+        """Note what the pruning took away with which a round begins."""
+        self._pruned = pruned
 
     def remember(self, trainer: L.Trainer) -> None:
         """Keep the state of the schedulers, and what they have written to the optimizers, to go back to."""
@@ -103,18 +121,29 @@ class RoundRates:
         """Set the rates of `step` of a round of `length` steps, where the policy does."""
         if self._resting is None:
             return
-        for optimizer, rates in zip(trainer.optimizers, self._last, strict=True):
-            for group, last in zip(optimizer.param_groups, rates, strict=True):
-                _set(group, {"lr": self.retrain.rate(DenseRates(last), step, length)})
+        for optimizer, groups in zip(trainer.optimizers, self._dense, strict=True):
+            for group, dense in zip(optimizer.param_groups, groups, strict=True):
+                _set(group, {"lr": self.retrain.rate(dense, self._pruned, step, length)})
 
     def state_dict(self) -> dict[str, Any]:
         """All of it; the Trainer does not save schedulers that rest."""
         resting = None if self._resting is None else [config.scheduler.state_dict() for config in self._resting]
-        return {"remembered": self._remembered, "last": self._last, "resting": resting}
+        return {
+            "remembered": self._remembered,
+            "seen": [
+                [(torch.tensor(starts), torch.tensor(rates, dtype=torch.float64)) for starts, rates in groups]
+                for groups in self._seen
+            ],
+            "seen_length": self._seen_length,
+            "pruned": (self._pruned.share, self._pruned.norm_drop),
+            "resting": resting,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; schedulers follow in `resume`."""
-        self._remembered, self._last, self._rested = state["remembered"], state["last"], state["resting"]
+        self._remembered, self._rested = state["remembered"], state["resting"]
+        self._seen = [[(starts.tolist(), rates.tolist()) for starts, rates in groups] for groups in state["seen"]]
+        self._seen_length, self._pruned = state["seen_length"], PruningStep(*state["pruned"])
 
     def resume(self, trainer: L.Trainer, *, in_round: bool) -> None:
         """Go on after `load_state_dict`, in a round or not."""
@@ -132,6 +161,10 @@ class RoundRates:
 
     def _rest(self, trainer: L.Trainer) -> None:
         if not self.replays and self._resting is None:
+            self._dense = [
+                [DenseRates(tuple(starts), tuple(rates), self._seen_length) for starts, rates in groups]
+                for groups in self._seen
+            ]
             self._resting = trainer.lr_scheduler_configs
             trainer.strategy.lr_scheduler_configs = []
 

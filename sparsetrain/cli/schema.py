@@ -25,7 +25,7 @@ from sparsetrain.callbacks import (
 )
 from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
 from sparsetrain.models import ConstantLR, Cosine, LinearDecay, MultiStep
-from sparsetrain.retrain import LastLR, ReplayLR
+from sparsetrain.retrain import AdaptiveLR, CyclicLR, LastLR, LinearLR, ReplayLR, ScaledLR
 from sparsetrain.schedules import Constant, Cubic, Linear, OneShot
 
 SCHEMAS: Mapping[str, Mapping[str, type]] = {
@@ -40,7 +40,14 @@ SCHEMAS: Mapping[str, Mapping[str, type]] = {
     "schedule": {"constant": Constant, "one_shot": OneShot, "linear": Linear, "cubic": Cubic},
     "criterion": {"magnitude": Magnitude, "random": Random, "saliency": Saliency, "movement": Movement},
     "allocation": {"global": Global, "uniform": Uniform, "erk": ERK, "lamp": LAMP},
-    "retrain": {"replay": ReplayLR, "last": LastLR},
+    "retrain": {
+        "replay": ReplayLR,
+        "last": LastLR,
+        "linear": LinearLR,
+        "adaptive": AdaptiveLR,
+        "cyclic": CyclicLR,
+        "scaled": ScaledLR,
+    },
     "lr_policy": {"constant": ConstantLR, "cosine": Cosine, "linear": LinearDecay, "multi_step": MultiStep},
 }
 """Config group -> file name -> the class that its `_target_` names."""

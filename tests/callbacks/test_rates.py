@@ -1,15 +1,17 @@
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from callbacks.recording import EPOCH, Record, imp, one_round, recorded
 from conformance.harness import SaveEverywhere, TinyModule, fit
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
-from sparsetrain import IterativeMagnitudePruning, LastLR, ReplayLR
-from sparsetrain.retrain import DenseRates, Retrain
+from sparsetrain import AdaptiveLR, CyclicLR, IterativeMagnitudePruning, LastLR, LinearLR, ReplayLR, ScaledLR
+from sparsetrain.retrain import DenseRates, PruningStep, Retrain
 
 
 class Scheduled(TinyModule):
@@ -198,7 +200,7 @@ def test_fine_tuning_holds_that_rate_in_resumed_runs_and_gives_the_schedulers_ba
 class Falling(Retrain):
     """From the dense phase's last rate linearly down."""
 
-    def rate(self, dense: DenseRates, step: int, length: int) -> float:
+    def rate(self, dense: DenseRates, pruned: PruningStep, step: int, length: int) -> float:
         return dense.last * (length - step) / length
 
 
@@ -223,6 +225,96 @@ def test_a_policy_of_ones_own_sets_the_rate_of_each_step_of_each_round(tmp_path,
     saved = [saved for saved in saver.saved if saved.moment == "batch"][-2]
     _, part = recorded(callback(), ckpt_path=saved.path, **settings)
     assert part.rates == {place: rates for place, rates in record.rates.items() if place >= saved.batches}
+
+
+class TwoGroups(TinyModule):
+    """SGD, and two parameter groups that warm up differently, one of them from a rate of 0 for three steps."""
+
+    def make_optimizer(self) -> Optimizer:
+        groups = [{"params": self.body.parameters()}, {"params": self.head.parameters(), "lr": 0.02}]
+        return SGD(groups, lr=0.1, momentum=0.9)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer()
+        factors = [lambda s: 0.9**s * min(1.0, (s + 1) / 3), lambda s: 0.0 if s < 3 else 0.8**s]
+        return [optimizer], [{"scheduler": lr_scheduler.LambdaLR(optimizer, factors), "interval": "step"}]
+
+
+class TwoAdamGroups(TwoGroups):
+    def make_optimizer(self) -> Optimizer:
+        return Adam([{"params": self.body.parameters()}, {"params": self.head.parameters(), "lr": 0.002}], lr=0.01)
+
+
+class GroupRates(L.Callback):
+    """The learning rate of each group at each optimizer step, by the number of batches made before."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, list[float]] = {}
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        self.found[trainer.fit_loop.total_batch_idx] = [group["lr"] for group in optimizer.param_groups]
+
+
+def norm_drop_over_root_share(record: Record, place: int) -> float:
+    """Of the pruning before the step at `place`, from the weights as trained and the masks around it."""
+    weights, masks = record.ends[place - 1].module, record.starts[place].masks
+    before = record.ends[place - 1].masks
+    dropped = torch.cat([weights[name][before[name] & ~mask].double() for name, mask in masks.items()])
+    everything = torch.cat([weights[name].double().flatten() for name in masks])
+    share = len(dropped) / sum(int(mask.sum()) for mask in before.values())
+    return float(dropped.norm() / everything.norm()) / share**0.5
+
+
+@pytest.mark.parametrize(
+    ("retrain", "make"),
+    [(LinearLR(), TwoGroups), (AdaptiveLR(), TwoAdamGroups), (CyclicLR(), TwoAdamGroups), (ScaledLR(), TwoGroups)],
+    ids=["linear", "adaptive", "cyclic", "scaled"],
+)
+def test_each_policy_sets_every_groups_rates_from_its_own_dense_ones_and_resumes_them(tmp_path, retrain, make):
+    def callback() -> IterativeMagnitudePruning:
+        return imp(length="2ep", dense_length="6ep", retrain=retrain)
+
+    saver, whole = SaveEverywhere(tmp_path), GroupRates()
+    _, record = recorded(callback(), whole, saver, make=make)
+    for group in range(2):
+        rates = [found[group] for found in whole.found.values()]
+        dense, top = rates[:30], max(rates[:30])
+        peak = dense.index(top)
+        low = min(dense[peak:])
+        assert peak > 0  # a warm-up
+        for start in (30, 40):
+            begin = top
+            if isinstance(retrain, AdaptiveLR):
+                drop = norm_drop_over_root_share(record, start)
+                assert 10 / 30 < drop < 1  # between the limits
+                begin = top * drop
+            falling = {  # nine steps after one of warm-up
+                LinearLR: [begin - begin * i / 9 for i in range(9)],
+                AdaptiveLR: [begin - begin * i / 9 for i in range(9)],
+                CyclicLR: [low + (top - low) * math.cos(math.pi * i / 18) ** 2 for i in range(9)],
+                ScaledLR: [dense[max(i * 30 // 9, peak)] for i in range(9)],
+            }[type(retrain)]
+            assert rates[start : start + 10] == pytest.approx([0.0, *falling], rel=1e-9)
+    for saved in saver.saved:
+        if (saved.batches, saved.moment) in {(7, "batch"), (43, "batch")}:  # in the dense phase, in round 2
+            part = GroupRates()
+            recorded(callback(), part, make=make, ckpt_path=saved.path)
+            assert part.found == {place: rates for place, rates in whole.found.items() if place >= saved.batches}
+
+
+def test_a_parameter_group_that_is_added_in_the_dense_phase_gets_rates_too():
+    class Module(TinyModule):
+        def configure_optimizers(self) -> Any:
+            return SGD(self.body.parameters(), lr=0.1)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            optimizer = self.trainer.optimizers[0]
+            if len(optimizer.param_groups) == 1:
+                optimizer.add_param_group({"params": self.head.parameters(), "lr": 0.02})
+
+    rates = GroupRates()
+    recorded(imp(rounds=1, length="2ep", retrain=LinearLR()), rates, make=Module)
+    assert list(rates.found.values())[-9:] == [pytest.approx([0.1 * i / 9, 0.02 * i / 9]) for i in range(9, 0, -1)]
 
 
 @pytest.mark.parametrize("rewind_to", ["0ep", "1ep"])

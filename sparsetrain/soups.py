@@ -1,0 +1,393 @@
+"""Model soups: averages of networks that were retrained from one pruned network, with its masks."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparsetrain.masks import load_masks
+
+Member = Mapping[str, Tensor] | str | Path
+"""A state dict, or a safetensors file that holds one."""
+
+MemberMasks = Mapping[str, Tensor] | str | Path
+"""Parameter name -> bool tensor, True = kept; or a file of `save_masks`."""
+
+_AT_ONCE = 1 << 16  # weights that are read at once, of each member: what is added up stays in the cache
+_COUNT = "num_batches_tracked"
+_STATISTICS = ("running_mean", "running_var")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def uniform(members: Sequence[Member], masks: Sequence[MemberMasks] | None = None) -> dict[str, Tensor]:
+    """The mean of `members`, in which every pruned weight is exactly 0.
+
+    Files are read a stretch at a time, so memory holds the soup and one pair of masks, however many members there are.
+    Each mean is a running one in float32 (float64 of float64 weights), rounded to the members' type: members that are
+    equal give themselves, bit for bit. Of `num_batches_tracked` the largest is taken; other integers and bools have to
+    be equal. The running statistics of batch norm are averaged as well; see `recalibrate` for better ones.
+
+    Args:
+        members: of the same names, shapes and types.
+        masks: of each member. None takes the zeros of floating tensors of two or more dimensions for pruned; a kept
+            weight may be 0 by chance, so give masks where they exist. `[{}] * len(members)` says that none is pruned.
+
+    Returns:
+        A state dict on the CPU.
+
+    Raises:
+        ValueError: no members; members that differ in a name, shape or type; masks that differ, or fit no member; a
+            mean that is not finite; a file that is no whole safetensors file.
+
+    Source: Zimmer et al. 2024, arXiv:2306.16788; Wortsman et al. 2022, arXiv:2203.05482 (uniform soup).
+    """
+    with _opened(members) as sources:
+        kinds = _common_kinds(sources)
+        kept = None if masks is None else _common_masks(masks, kinds, [source.label for source in sources])
+        soup = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
+        for name, tensor in soup.items():
+            for part in _parts(tensor.numel()):
+                pieces = (source.read(name, part) for source in sources)
+                if not tensor.is_floating_point():
+                    piece = _merge(name, pieces)
+                elif kept is None and tensor.ndim >= 2:
+                    piece = _mean_with_zeros(name, pieces, [source.label for source in sources])
+                else:
+                    piece = _mean(name, pieces)
+                tensor.view(-1)[part] = piece
+    for name, mask in (kept or {}).items():
+        soup[name].masked_fill_(~mask.cpu(), 0)
+    return soup
+
+
+def greedy(
+    members: Sequence[Member],
+    masks: Sequence[MemberMasks] | None = None,
+    *,
+    evaluate: Callable[[dict[str, Tensor]], float],
+) -> tuple[dict[str, Tensor], list[int]]:
+    """The soup of the members that do not harm it.
+
+    Members are tried in the order of their own metric, best first, equal ones as given; one stays if the metric of the
+    soup with it is not below that of the soup without it. So the soup is never worse than the best member, on the data
+    of `evaluate`.
+
+    Args:
+        members: see `uniform`.
+        masks: see `uniform`.
+        evaluate: a state dict -> its metric, larger is better. To recalibrate batch norm is its task, alike for every
+            state dict that it is given. It should look at validation data, never at test data.
+
+    Returns:
+        The soup, not recalibrated, and the positions in `members` of those in it, in the order in which they came.
+
+    Raises:
+        ValueError: as `uniform`; a metric that is NaN.
+
+    Source: Wortsman et al. 2022, arXiv:2203.05482, recipe 1.
+    """
+
+    def soup_of(chosen: list[int]) -> dict[str, Tensor]:
+        return uniform([members[i] for i in chosen], None if masks is None else [masks[i] for i in chosen])
+
+    def metric_of(chosen: list[int]) -> float:
+        metric = float(evaluate(soup_of(chosen)))
+        if math.isnan(metric):
+            raise ValueError(f"The metric of the soup of members {chosen} is NaN. Return a number; larger is better.")
+        return metric
+
+    with _opened(members) as sources:  # nothing is evaluated in vain
+        kinds = _common_kinds(sources)
+        if masks is not None:
+            _common_masks(masks, kinds, [source.label for source in sources])
+    own = [metric_of([i]) for i in range(len(members))]
+    first, *others = sorted(range(len(members)), key=lambda i: -own[i])
+    chosen, best = [first], own[first]
+    for i in others:
+        metric = metric_of([*chosen, i])
+        if metric >= best:
+            chosen, best = [*chosen, i], metric
+    return soup_of(chosen), chosen
+
+
+def distances(members: Sequence[Member]) -> Tensor:
+    """The Euclidean distance of each member to each other one, over all floating tensors but batch norm's statistics.
+
+    Args:
+        members: see `uniform`.
+
+    Returns:
+        float64 [members, members]; symmetric, with zeros on the diagonal.
+
+    Raises:
+        ValueError: as `uniform`.
+    """
+    with _opened(members) as sources:
+        squares = torch.zeros(len(sources), len(sources), dtype=torch.float64)
+        for name, (shape, dtype) in _common_kinds(sources).items():
+            if not dtype.is_floating_point or name.rpartition(".")[2] in _STATISTICS:
+                continue
+            for part in _parts(shape.numel()):
+                pieces = [source.read(name, part).double() for source in sources]
+                for i, one in enumerate(pieces):
+                    for j, other in enumerate(pieces[:i]):
+                        squares[i, j] += (one - other).square().sum()
+    return (squares + squares.T).sqrt()
+
+
+def recalibration_size(available: int) -> int:
+    """How many training images recalibrate batch norm: a fifth of those available, and at most 10,000.
+
+    >>> recalibration_size(1000), recalibration_size(1_281_167)
+    (200, 10000)
+    """
+    return min(math.ceil(available / 5), 10_000)
+
+
+@torch.no_grad()
+def recalibrate(module: nn.Module, batches: Iterable[Tensor], *, images: int | None = None) -> None:
+    """Compute the running statistics of batch norm anew: the mean over `batches`, each counting alike.
+
+    Batch norm alone is in training mode meanwhile: dropout is off, other layers are as in evaluation. Nothing but
+    the running statistics changes, and after an error these have not either. A module without batch norm is left alone.
+
+    Args:
+        module: is called with each batch.
+        batches: inputs on the module's device, such as those of a loader with a fixed seed; the same ones for every
+            model that is compared, and on every rank.
+        images: ends with the batch in which so many inputs have been seen; None takes all batches.
+
+    Raises:
+        ValueError: no batch.
+
+    Source: Zimmer et al. 2024, arXiv:2306.16788; Izmailov et al. 2018, arXiv:1803.05407.
+    Differs: the authors' code leaves the momentum of the layers as it is, so that late batches count more.
+    """
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+    if not norms:
+        return
+    training = {layer: layer.training for layer in module.modules()}
+    momentum = [layer.momentum for layer in norms]
+    before = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in norms]
+    seen = 0
+    try:
+        for layer in training:
+            layer.training = False  # by attribute: `train` and `eval` of a module may do more
+        for layer in norms:
+            layer.training, layer.momentum = True, None  # None: the mean over all batches
+            layer.reset_running_stats()
+        for batch in batches:
+            module(batch)
+            seen += len(batch)
+            if images is not None and seen >= images:
+                break
+        if not seen:
+            raise ValueError("There is no batch to recalibrate batch norm with. Give at least one.")
+    except BaseException:
+        for layer, buffers in zip(norms, before, strict=True):
+            for name in _STATISTICS:
+                layer.get_buffer(name).copy_(buffers[name])
+        raise
+    finally:
+        for layer, was in training.items():
+            layer.training = was
+        for layer, was_momentum, buffers in zip(norms, momentum, before, strict=True):
+            layer.momentum = was_momentum
+            layer.get_buffer(_COUNT).copy_(buffers[_COUNT])
+
+
+_Kind = tuple[torch.Size, torch.dtype]
+
+
+class _State:
+    """A state dict to be read in parts."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], label: str) -> None:
+        self.label = label
+        self.kinds: dict[str, _Kind] = {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        self._tensors = tensors
+        self._name, self._flat = "", torch.empty(0)
+
+    def read(self, name: str, part: slice) -> Tensor:
+        """The weights in `part` of the tensor `name`, row-major."""
+        if name != self._name:
+            self._name, self._flat = name, self._tensors[name].detach().reshape(-1)  # may copy; once a tensor
+        return self._flat[part].cpu()
+
+
+class _File:
+    """A safetensors file to be read in parts; mapped into memory instead, all members together would fill it.
+
+    The format: 8 bytes with the length of the header, the header in JSON, the tensors.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.label = str(path)
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # checks the header and the size
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no whole safetensors file ({error}). Write it with save_file.") from None
+        self._path = Path(path)
+        with self._path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        strange = sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys())
+        if strange:
+            raise ValueError(f"{path} holds tensors of type {strange[0]}. Convert them to one of {', '.join(_DTYPES)}.")
+        self.kinds: dict[str, _Kind] = {
+            name: (torch.Size(entry["shape"]), _DTYPES[entry["dtype"]]) for name, entry in header.items()
+        }
+        self._starts = {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
+
+    def __enter__(self) -> Self:
+        self._file = self._path.open("rb", buffering=0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, name: str, part: slice) -> Tensor:
+        """The weights in `part` of the tensor `name`, row-major."""
+        dtype = self.kinds[name][1]
+        read = torch.empty((part.stop - part.start) * dtype.itemsize, dtype=torch.uint8)
+        self._file.seek(self._starts[name] + part.start * dtype.itemsize)
+        if self._file.readinto(read.numpy().data) != len(read):
+            raise ValueError(f"{self.label} became shorter while it was read. Replace files, do not write to them.")
+        return read.view(dtype)
+
+
+@contextmanager
+def _opened(members: Sequence[Member]) -> Iterator[list[_State | _File]]:
+    if not members:
+        raise ValueError("A soup has at least one member; there is none.")
+    with ExitStack() as stack:
+        yield [
+            _State(member, f"member {number}") if isinstance(member, Mapping) else stack.enter_context(_File(member))
+            for number, member in enumerate(members)
+        ]
+
+
+def _common_kinds(sources: Sequence[_State | _File]) -> dict[str, _Kind]:
+    """Name -> shape and type, which all members share."""
+    first = sources[0]
+    for source in sources[1:]:
+        for name in [*first.kinds, *source.kinds]:
+            one, other = first.kinds.get(name), source.kinds.get(name)
+            if one != other:
+                raise ValueError(
+                    f"{name!r} is {_told(one)} in {first.label} and {_told(other)} in {source.label}. Average members "
+                    "of one architecture, saved alike."
+                )
+    return first.kinds
+
+
+def _told(kind: _Kind | None) -> str:
+    return "missing" if kind is None else f"{tuple(kind[0])} {str(kind[1]).removeprefix('torch.')}"
+
+
+def _common_masks(
+    masks: Sequence[MemberMasks], kinds: Mapping[str, _Kind], labels: Sequence[str]
+) -> Mapping[str, Tensor]:
+    """The masks that all members share; two of them are in memory at a time."""
+    if len(masks) != len(labels):
+        raise ValueError(f"There are {len(labels)} members and masks of {len(masks)}. Give those of each member.")
+    first = _masks(masks[0])
+    for name, mask in first.items():
+        if name not in kinds or kinds[name][0] != mask.shape:
+            raise ValueError(
+                f"The mask of {name!r} has shape {tuple(mask.shape)}; the tensor is {_told(kinds.get(name))}. Give the "
+                "masks of the same module, under the names of its state dict."
+            )
+    for label, given in zip(labels[1:], masks[1:], strict=True):
+        if _same_file(masks[0], given):
+            continue
+        other = _masks(given)
+        for name in [*first, *other]:
+            if name not in first or name not in other or not torch.equal(first[name].cpu(), other[name].cpu()):
+                raise _pruned_otherwise(name, labels[0], label)
+    return first
+
+
+def _masks(masks: MemberMasks) -> Mapping[str, Tensor]:
+    return masks if isinstance(masks, Mapping) else load_masks(masks)
+
+
+def _same_file(one: MemberMasks, other: MemberMasks) -> bool:
+    """Whether both are files of the same bytes, which need not be unpacked."""
+    if isinstance(one, Mapping) or isinstance(other, Mapping):
+        return False
+    return Path(one).read_bytes() == Path(other).read_bytes()
+
+
+def _pruned_otherwise(name: str, one: str, other: str, remedy: str = "") -> ValueError:
+    return ValueError(
+        f"{name!r} is pruned in {other} at other places than in {one}: their mean would be denser than both. Average "
+        f"members that were retrained from one pruned network.{remedy}"
+    )
+
+
+def _parts(total: int) -> Iterator[slice]:
+    return (slice(start, min(start + _AT_ONCE, total)) for start in range(0, total, _AT_ONCE))
+
+
+def _mean(name: str, pieces: Iterable[Tensor]) -> Tensor:
+    pieces = iter(pieces)
+    first = next(pieces)
+    mean = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
+    for number, piece in enumerate(pieces, 2):
+        # m - (m - x) / number, from a weight of 0.5 on: where x is m this is m, also -0.0; k * m / k is rounded twice.
+        torch.lerp(piece.to(mean.dtype), mean, 1 - 1 / number, out=mean)
+    if not math.isfinite(float(mean.sum())) and not bool(mean.isfinite().all()):
+        raise ValueError(f"The mean of {name!r} is not finite: a member has diverged. Leave it out.")
+    return mean
+
+
+def _mean_with_zeros(name: str, pieces: Iterable[Tensor], labels: Sequence[str]) -> Tensor:
+    """The mean of `pieces` that are 0 at the same places."""
+    pieces = iter(pieces)
+    first = next(pieces)
+    kept = first.bool()
+
+    def alike() -> Iterator[Tensor]:
+        yield first
+        for label, piece in zip(labels[1:], pieces, strict=True):
+            # In an eighth of the time of `torch.equal(piece != 0, kept)`.
+            if not np.array_equal(piece.bool().numpy(), kept.numpy()):
+                raise _pruned_otherwise(name, labels[0], label, " If a kept weight is 0 by chance, give masks.")
+            yield piece
+
+    return _mean(name, alike()).masked_fill_(~kept, 0)  # -0.0 becomes 0 too
+
+
+def _merge(name: str, pieces: Iterable[Tensor]) -> Tensor:
+    """The value of a tensor that has no mean."""
+    first, *others = pieces
+    if name.rpartition(".")[2] == _COUNT:
+        return torch.stack([first, *others]).amax(0)
+    if not all(torch.equal(first, other) for other in others):
+        raise ValueError(
+            f"{name!r} is of {str(first.dtype).removeprefix('torch.')} and differs between members; such values have "
+            "no mean. Average members of one network."
+        )
+    return first

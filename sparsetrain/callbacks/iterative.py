@@ -106,7 +106,7 @@ class IterativeMagnitudePruning(SparsityCallback):
         _check_choice("weights", weights, ("keep", "rewind"))
         _check_choice("optimizer_state", optimizer_state, ("keep", "reset", "snapshot"))
         if not isinstance(retrain, Retrain):
-            raise ValueError(f"retrain={retrain!r} is no policy. Give ReplayLR() or LastLR().")
+            raise ValueError(f"retrain={retrain!r} is no policy. Give one such as ReplayLR() or LastLR().")
         self.weights, self.retrain, self.optimizer_state = weights, retrain, optimizer_state
         self._check_lengths()
         if "grad" in pruning.criterion.needs:

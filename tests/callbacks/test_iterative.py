@@ -761,8 +761,8 @@ def test_the_callback_says_how_long_the_trainer_has_to_be():
         ({"per_round": 0.2, "sparsity": 0.8}, r"sparsity=0\.8 and per_round=0\.2: give exactly one"),
         ({"weights": "restart"}, r"weights='restart' is unknown\. Choose 'keep', 'rewind'\."),
         ({"optimizer_state": "rewind"}, r"optimizer_state='rewind' is unknown\. Choose 'keep', 'reset', 'snapshot'\."),
-        ({"retrain": "LastLR"}, r"retrain='LastLR' is no policy\. Give ReplayLR\(\) or LastLR\(\)\."),
-        ({"retrain": LastLR}, r"is no policy\. Give ReplayLR\(\) or LastLR\(\)\."),
+        ({"retrain": "LastLR"}, r"retrain='LastLR' is no policy\. Give one such as ReplayLR\(\) or LastLR\(\)\."),
+        ({"retrain": LastLR}, r"is no policy\. Give one such as ReplayLR\(\) or LastLR\(\)\."),
         (
             {"weights": "rewind", "dense_length": "3ep"},
             r"weights='rewind' trains each round as the dense phase was trained, but dense_length is 3 and",

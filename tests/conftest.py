@@ -38,8 +38,11 @@ SPARSE = (
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Count no coverage in slow tests: tracing takes them half as long again, for lines that quick tests pass over."""
-    if item.get_closest_marker("slow") is None:
+    """Count no coverage in slow tests and in those of conformance/, of which there are many of the same lines.
+
+    Tracing would take them half as long again.
+    """
+    if item.get_closest_marker("slow") is None and item.path.parent.name != "conformance":
         return (yield)
     tracer = sys.gettrace()
     sys.settrace(None)

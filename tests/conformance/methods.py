@@ -117,8 +117,4 @@ METHODS = (
 CONVERTING = tuple(method for method in METHODS if method.converts)
 MANY_ROUNDS = tuple(method for method in METHODS if method.many_rounds)
 
-# Of each class of callback its first row: for tests that take seconds and look at what the class does.
-OF_EACH_CLASS = tuple({type(method.make()): method for method in reversed(METHODS)}.values())
-
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-every_class = pytest.mark.parametrize("method", OF_EACH_CLASS, ids=lambda method: method.name)

@@ -12,7 +12,7 @@ from torch import multiprocessing
 
 from sparsetrain.data import InMemoryLoader
 
-MOMENTS = ("004-005-batch", "007-007-batch", "011-010-epoch")
+MOMENTS = ("004-005-batch", "011-010-epoch")
 
 
 class RankedModule(TinyModule):

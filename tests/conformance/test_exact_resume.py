@@ -101,10 +101,16 @@ def test_each_checkpoint_resumes_bit_identically(tmp_path, method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [gradual, dense])
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_each_checkpoint_resumes_bit_identically_in_every_setting(tmp_path, make, setting):
-    assert not resume_everywhere(tmp_path, make, setting)
+def test_each_checkpoint_resumes_bit_identically_in_every_setting(tmp_path, setting):
+    assert not resume_everywhere(tmp_path, gradual, setting)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_the_dense_control_resumes_bit_identically_in_every_setting(tmp_path, setting):
+    # Every third checkpoint: of seven an epoch, so that all moments come in turn.
+    assert not resume_everywhere(tmp_path, dense, setting, moments=lambda saved: int(saved.path.name[:3]) % 3 == 0)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 import timm.optim
 import torch
 from conformance.harness import STEPS, PlainModule, Run, SaveEverywhere, TinyModule, Watch, fit
-from conformance.methods import METHODS, every_class, every_method
+from conformance.methods import METHODS, every_method
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
@@ -68,6 +68,7 @@ def test_each_update_reaches_exactly_its_target(method):
     assert callback.step == STEPS
 
 
+@pytest.mark.slow
 @every_method
 @pytest.mark.parametrize(
     "settings",
@@ -152,9 +153,13 @@ def test_weights_stay_zero_under_every_optimizer(name):
     assert is_exact(watched(callback, make=Module, max_epochs=1), 0.6)
 
 
+# Compiling takes seconds. Those that convert layers are compared with their network uncompiled in test_nm.py.
+ONE_OF_EACH_CLASS = {type(method.make()): method for method in METHODS if not method.converts}.values()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo looks at it in `log`
-@every_class
+@pytest.mark.parametrize("method", ONE_OF_EACH_CLASS, ids=lambda method: method.name)
 def test_weights_stay_zero_in_a_compiled_module(method):
     torch.compiler.reset()
     run = watched(method.make(check="full"), make=lambda: torch.compile(PlainModule(), backend="aot_eager"))

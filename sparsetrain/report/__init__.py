@@ -4,6 +4,16 @@ from sparsetrain.report.measure import LayerReport, Report, measure
 from sparsetrain.report.plots import draw_accuracy, draw_sparsity
 from sparsetrain.report.rounds import Round, overlap, rounds_table, training_flops, write_rounds_csv
 from sparsetrain.report.statistics import Interval, paired, t_interval
+from sparsetrain.report.sweep import (
+    Run,
+    Setting,
+    Sweep,
+    collect,
+    is_accuracy,
+    sweep_curves,
+    sweep_table,
+    write_sweep_csv,
+)
 from sparsetrain.report.tables import markdown_table, plan_table, report_table, write_sparsity_csv
 
 __all__ = [
@@ -11,8 +21,13 @@ __all__ = [
     "LayerReport",
     "Report",
     "Round",
+    "Run",
+    "Setting",
+    "Sweep",
+    "collect",
     "draw_accuracy",
     "draw_sparsity",
+    "is_accuracy",
     "markdown_table",
     "measure",
     "overlap",
@@ -20,8 +35,11 @@ __all__ = [
     "plan_table",
     "report_table",
     "rounds_table",
+    "sweep_curves",
+    "sweep_table",
     "t_interval",
     "training_flops",
     "write_rounds_csv",
     "write_sparsity_csv",
+    "write_sweep_csv",
 ]

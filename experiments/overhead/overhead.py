@@ -80,17 +80,22 @@ class UnknownSGD(SGD):
 
 
 class StepTimer(L.Callback):
-    """Seconds from the start of each batch to the start of the next: all that Lightning and its callbacks do."""
+    """Seconds from the start of each batch to the start of the next: all that Lightning and its callbacks do.
 
-    def __init__(self) -> None:
+    Args:
+        warm: first steps that do not count.
+    """
+
+    def __init__(self, warm: int = WARM) -> None:
+        self.warm = warm
         self.starts: list[float] = []
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.starts.append(time.perf_counter())
 
     def block_s(self) -> float:
-        """Mean over the block, without its first steps."""
-        return (self.starts[-1] - self.starts[WARM]) / (len(self.starts) - 1 - WARM)
+        """Mean over the steps that count."""
+        return (self.starts[-1] - self.starts[self.warm]) / (len(self.starts) - 1 - self.warm)
 
 
 def sgd(params: Iterable[nn.Parameter]) -> SGD:
@@ -135,8 +140,8 @@ def measure_steps(blocks: int) -> dict[str, Any]:
     )
     return {
         "step": {
-            **{name: _summary(values, reference=seconds["plain"]) for name, values in seconds.items()},
-            **{name: _summary(values, reference=slow_seconds["muon"]) for name, values in slow_seconds.items()},
+            **{name: summarize(values, reference=seconds["plain"]) for name, values in seconds.items()},
+            **{name: summarize(values, reference=slow_seconds["muon"]) for name, values in slow_seconds.items()},
         },
         "checkpoint": sizes,
     }
@@ -258,7 +263,7 @@ def measure_update(rounds: int, slow_rounds: int) -> dict[str, Any]:
     pruned = copy.deepcopy(network)
     peaks["global_unstructured"] = _peak_bytes(global_unstructured) - 4 * total  # its masks are float32
     rows = {
-        name: {**_summary(values), "extra_bytes_per_weight": peaks[name] / total} for name, values in seconds.items()
+        name: {**summarize(values), "extra_bytes_per_weight": peaks[name] / total} for name, values in seconds.items()
     }
     return {"weights": total, "rows": rows}
 
@@ -284,7 +289,7 @@ def measure_growth(sizes: Sequence[int], rounds: int) -> dict[str, Any]:
     logs = [math.log(size) for size in sizes]
     exponent = statistics.linear_regression(logs, [math.log(value) for value in least]).slope
     rows = [
-        {"weights": size, **_summary(values), "ns_per_weight": min(values) / size * 1e9}
+        {"weights": size, **summarize(values), "ns_per_weight": min(values) / size * 1e9}
         for size, values in seconds.items()
     ]
     return {"exponent": exponent, "rows": rows}
@@ -311,7 +316,7 @@ def _peak_bytes(work: Callable[[], object]) -> int:
     return peak
 
 
-def _summary(seconds: Sequence[float], *, reference: Sequence[float] | None = None) -> dict[str, Any]:
+def summarize(seconds: Sequence[float], *, reference: Sequence[float] | None = None) -> dict[str, Any]:
     least, median = min(seconds), statistics.median(seconds)
     summary: dict[str, Any] = {"min_s": least, "median_s": median, "all_s": [round(value, 6) for value in seconds]}
     if reference is not None:
@@ -336,14 +341,15 @@ def measure(*, quick: bool) -> dict[str, Any]:
         "date": date.today().isoformat(),
         "git": git_state(),
         "versions": {name: metadata.version(name) for name in ("sparsetrain", "torch", "lightning", "timm")},
-        "device": {"name": _cpu(), "cores": os.cpu_count(), "threads": THREADS},
+        "device": {"name": cpu_name(), "cores": os.cpu_count(), "threads": THREADS},
         "load_before": load,
         "total_s": round(time.perf_counter() - start, 1),
         **results,
     }
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor, as it calls itself."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

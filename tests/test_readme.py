@@ -73,6 +73,7 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
         ("overhead", "summary_table", ["overhead/results/overhead.json"], "../README.md"),
         ("overhead", "detail_tables", ["overhead/results/overhead.json"], "overhead/README.md"),
         ("overhead/checkpoints", "table", ["overhead/results/checkpoints.json"], "overhead/README.md"),
+        ("overhead/nm", "table", ["overhead/results/nm.json"], "overhead/README.md"),
         ("digits_lottery", "tables", ["digits_lottery/results/digits_lottery.json"], "digits_lottery/README.md"),
         ("digits_lottery", "bars_table", ["digits_lottery/results/digits_lottery.json"], "../README.md"),
         ("nm_accuracy", "table", ["nm_accuracy/results/digits.json"], "nm_accuracy/README.md"),

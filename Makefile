@@ -4,12 +4,15 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint format types install clean
+.PHONY: demo test suite lint format types install clean
 
 demo: $(INSTALLED)  ## Train a sparse network beside its dense control and print the table.
 	$(BIN)/python experiments/demo.py
 
-test: lint types  ## Lint, type-check and run the whole suite.
+test: lint  ## Lint, type-check and run the whole suite; the type checker has one core, beside the tests.
+	$(MAKE) --no-print-directory --jobs 2 suite types
+
+suite: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report=term
 
 lint: $(INSTALLED)

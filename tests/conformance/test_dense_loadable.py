@@ -10,6 +10,7 @@ import pytest
 import torch
 from conformance.harness import (
     PlainModule,
+    Run,
     SaveEverywhere,
     TinyModule,
     assert_same,
@@ -18,7 +19,7 @@ from conformance.harness import (
     make_trainer,
     samples,
 )
-from conformance.methods import every_method
+from conformance.methods import METHODS, Method, every_method
 from torch import Tensor
 
 from sparsetrain import masks_of
@@ -51,10 +52,15 @@ class Snapshots(SaveEverywhere):
             self.copies.append(pickle.loads(pickle.dumps(trainer.lightning_module.body)))
 
 
-@every_method
-def test_every_checkpoint_loads_strictly_into_the_dense_model_and_computes_the_same(tmp_path, method):
-    saver = Snapshots(tmp_path)
-    fit(method.make(), saver)
+@pytest.fixture(scope="module", params=METHODS, ids=lambda method: method.name)
+def saved_run(request, tmp_path_factory) -> tuple[Method, Run, Snapshots]:
+    """A fit of each method, and what was saved in it."""
+    saver = Snapshots(tmp_path_factory.mktemp(request.param.name))
+    return request.param, fit(request.param.make(), saver), saver
+
+
+def test_every_checkpoint_loads_strictly_into_the_dense_model_and_computes_the_same(saved_run):
+    _, _, saver = saved_run
     assert len(saver.saved) == len(saver.outputs) == 21
     for saved, expected in zip(saver.saved, saver.outputs, strict=True):
         checkpoint = torch.load(saved.path, weights_only=True)
@@ -65,10 +71,8 @@ def test_every_checkpoint_loads_strictly_into_the_dense_model_and_computes_the_s
     assert torch.equal(outputs(loaded), saver.outputs[-1])
 
 
-@every_method
-def test_every_checkpoint_holds_tensors_and_primitives_and_masks_at_one_bit_a_weight(tmp_path, method):
-    saver = SaveEverywhere(tmp_path)
-    run = fit(method.make(), saver)
+def test_every_checkpoint_holds_tensors_and_primitives_and_masks_at_one_bit_a_weight(saved_run):
+    _, run, saver = saved_run
     for saved in saver.saved:
         state = torch.load(saved.path, weights_only=True)["callbacks"][run.callback.state_key]
         sizes = {"body.0.weight": -(-36 // 8), "body.5.weight": 1024 // 8, "head.weight": 48 // 8}
@@ -79,17 +83,14 @@ def test_every_checkpoint_holds_tensors_and_primitives_and_masks_at_one_bit_a_we
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # which it is not, on purpose
-@every_method
-@pytest.mark.parametrize("attached", [True, False])
-def test_a_checkpoint_is_tested_with_and_without_the_callback(tmp_path, method, attached):
-    run = fit(method.make())
+def test_a_checkpoint_is_tested_with_and_without_the_callback(saved_run, tmp_path):
+    method, run, _ = saved_run
     run.trainer.save_checkpoint(tmp_path / "last.ckpt")
     data = loaders()["val_dataloaders"]
     expected = make_trainer().test(run.module, data, verbose=False)
-    callbacks = [method.make()] if attached else []
-    assert (
-        make_trainer(*callbacks).test(TinyModule(), data, ckpt_path=tmp_path / "last.ckpt", verbose=False) == expected
-    )
+    for callbacks in ([method.make()], []):
+        tester = make_trainer(*callbacks)
+        assert tester.test(TinyModule(), data, ckpt_path=tmp_path / "last.ckpt", verbose=False) == expected
 
 
 @every_method

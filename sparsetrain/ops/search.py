@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from sparsetrain.ops import cusparselt, library
+from sparsetrain.ops.policy import event_us
 
 DEFAULT = 0
 GAIN = 1.03  # what another algorithm must be faster by than the default one
 ERROR = 1e-2  # largest error allowed, relative to the largest number of the result
 _ALGORITHMS = range(100)  # there are fewer; a number that does not exist is refused at once
-_INPUTS, _REPEATS, _ROUNDS, _CALLS = 3, 10, 9, 10
+_INPUTS, _REPEATS, _ROUNDS = 3, 10, 9
 _DEATHS, _TIMEOUT_S = 5, 180.0
 
 
@@ -274,17 +275,6 @@ def try_algorithms(
         yield Trial(algorithm, float(torch.stack(errors).max()), stable, times[0], times[1])
 
 
-def _event_us(call: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    for _ in range(_CALLS):
-        call()
-    end.record()
-    end.synchronize()
-    elapsed_ms: float = start.elapsed_time(end)
-    return elapsed_ms * 1000 / _CALLS
-
-
 def _multiply(compressed: Tensor, x: Tensor, bias: Tensor | None, algorithm: int) -> Tensor:
     return cusparselt.matmul(compressed, x, bias, algorithm=algorithm)
 
@@ -296,7 +286,7 @@ def _main(index: str, task: str) -> None:
     product = Product(**{**fields, "dtype": getattr(torch, fields["dtype"])})
     device = torch.device("cuda", int(index))
     torch.cuda.set_device(device)
-    for entry in try_algorithms(product, first, device, multiply=_multiply, time_us=_event_us):
+    for entry in try_algorithms(product, first, device, multiply=_multiply, time_us=event_us):
         print(json.dumps(entry if isinstance(entry, int) else asdict(entry)), flush=True)
 
 

@@ -116,7 +116,7 @@ def test_timing_multiplies_both_ways_and_leaves_the_random_stream_alone(monkeypa
         call()
         return 1.0
 
-    monkeypatch.setattr(policy, "_event_us", event_us)
+    monkeypatch.setattr(policy, "event_us", event_us)
     module = nn.Linear(32, 16)  # of which 16 outputs hold no group of 32
     convert(module, rule)
     before = torch.get_rng_state()

@@ -333,7 +333,7 @@ def pack(mask: Tensor) -> Tensor:
 
 def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     """The bool mask of `shape` that `pack` packed."""
-    return ((bits.unsqueeze(1) & _BITS) != 0).flatten()[: shape.numel()].view(shape)
+    return (bits.unsqueeze(1) & _BITS).bool().flatten()[: shape.numel()].view(shape)
 
 
 def masks_in(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -3,22 +3,23 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_WIDTHS = (16, 32, 64)
 _SHORTCUTS = ("A", "B")
 
 
 class CifarResNet(nn.Module):
-    """A 3x3 convolution, three stages of n basic blocks with 16, 32 and 64 channels, mean pooling and a linear layer.
+    """A 3x3 convolution, three stages of n basic blocks, mean pooling and a linear layer.
 
-    Stages two and three halve the image at their first block, which is where the shortcut has to change shape:
-    "A" takes every second pixel and fills the new channels with zeros (no parameters); "B" is a 1x1 convolution
-    with BatchNorm. ResNet-20 for 10 classes has 269,722 parameters with A and 272,474 with B.
+    The stages have `width`, 2 `width` and 4 `width` channels. Two and three halve the image at their first block, which
+    is where the shortcut has to change shape: "A" takes every second pixel and fills the new channels with zeros (no
+    parameters); "B" is a 1x1 convolution with BatchNorm. ResNet-20 for 10 classes has 269,722 parameters with A and
+    272,474 with B.
 
     Args:
         depth: layers with weights on the longest path, 6n + 2 with n at least 1.
         num_classes: number of logits, at least 2.
         shortcut: "A" or "B", see above. The paper's CIFAR results use A; the lottery-ticket codes use B.
         in_channels: channels of the images.
+        width: channels of the first stage, at least 1; 16 in the paper.
 
     Source: He et al., arXiv:1512.03385, section 4.2. Convolutions and the classifier are Kaiming-normal (fan-in, ReLU;
     He et al., arXiv:1502.01852), biases 0, BatchNorm scale 1 and shift 0.
@@ -27,7 +28,9 @@ class CifarResNet(nn.Module):
     tickets start elsewhere.
     """
 
-    def __init__(self, depth: int, num_classes: int = 10, *, shortcut: str = "B", in_channels: int = 3) -> None:
+    def __init__(
+        self, depth: int, num_classes: int = 10, *, shortcut: str = "B", in_channels: int = 3, width: int = 16
+    ) -> None:
         super().__init__()
         if depth < 8 or (depth - 2) % 6:
             raise ValueError(f"CifarResNet needs a depth of 6n + 2, such as 20, 32 or 56; got {depth}.")
@@ -37,13 +40,15 @@ class CifarResNet(nn.Module):
             raise ValueError(
                 f"CifarResNet knows the shortcuts 'A' (no parameters) and 'B' (1x1 convolution); got {shortcut!r}."
             )
+        if width < 1:
+            raise ValueError(f"CifarResNet needs a width of at least 1 channel; got {width}.")
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(in_channels, _WIDTHS[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
-        self.layer1 = _stage(blocks, _WIDTHS[0], _WIDTHS[0], 1, shortcut)
-        self.layer2 = _stage(blocks, _WIDTHS[0], _WIDTHS[1], 2, shortcut)
-        self.layer3 = _stage(blocks, _WIDTHS[1], _WIDTHS[2], 2, shortcut)
-        self.fc = nn.Linear(_WIDTHS[2], num_classes)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(blocks, width, width, 1, shortcut)
+        self.layer2 = _stage(blocks, width, 2 * width, 2, shortcut)
+        self.layer3 = _stage(blocks, 2 * width, 4 * width, 2, shortcut)
+        self.fc = nn.Linear(4 * width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
@@ -57,19 +62,19 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def resnet20(num_classes: int = 10, *, shortcut: str = "B", in_channels: int = 3) -> CifarResNet:
+def resnet20(num_classes: int = 10, *, shortcut: str = "B", in_channels: int = 3, width: int = 16) -> CifarResNet:
     """`CifarResNet` of depth 20."""
-    return CifarResNet(20, num_classes, shortcut=shortcut, in_channels=in_channels)
+    return CifarResNet(20, num_classes, shortcut=shortcut, in_channels=in_channels, width=width)
 
 
-def resnet32(num_classes: int = 10, *, shortcut: str = "B", in_channels: int = 3) -> CifarResNet:
+def resnet32(num_classes: int = 10, *, shortcut: str = "B", in_channels: int = 3, width: int = 16) -> CifarResNet:
     """`CifarResNet` of depth 32."""
-    return CifarResNet(32, num_classes, shortcut=shortcut, in_channels=in_channels)
+    return CifarResNet(32, num_classes, shortcut=shortcut, in_channels=in_channels, width=width)
 
 
-def resnet56(num_classes: int = 10, *, shortcut: str = "B", in_channels: int = 3) -> CifarResNet:
+def resnet56(num_classes: int = 10, *, shortcut: str = "B", in_channels: int = 3, width: int = 16) -> CifarResNet:
     """`CifarResNet` of depth 56."""
-    return CifarResNet(56, num_classes, shortcut=shortcut, in_channels=in_channels)
+    return CifarResNet(56, num_classes, shortcut=shortcut, in_channels=in_channels, width=width)
 
 
 def _stage(blocks: int, in_width: int, width: int, stride: int, shortcut: str) -> nn.Sequential:

@@ -5,15 +5,15 @@ from torch import nn
 from sparsetrain.models import CifarResNet, resnet20, resnet32, resnet56
 
 
-def parameters_by_formula(depth: int, shortcut: str, num_classes: int = 10) -> int:
+def parameters_by_formula(depth: int, shortcut: str, num_classes: int = 10, first: int = 16) -> int:
     """Section 4.2 written out: convolutions without bias, one BatchNorm (scale and shift) after each."""
     n = (depth - 2) // 6
-    total = 3 * 16 * 9 + 2 * 16
-    for in_width, width in ((16, 16), (16, 32), (32, 64)):
+    total = 3 * first * 9 + 2 * first
+    for in_width, width in ((first, first), (first, 2 * first), (2 * first, 4 * first)):
         total += in_width * width * 9 + (2 * n - 1) * width * width * 9 + 2 * n * 2 * width
         if shortcut == "B" and in_width != width:
             total += in_width * width + 2 * width
-    return total + 64 * num_classes + num_classes
+    return total + 4 * first * num_classes + num_classes
 
 
 @pytest.mark.parametrize(("shortcut", "parameters"), [("A", 269_722), ("B", 272_474)])
@@ -29,6 +29,11 @@ def test_the_depth_counts_the_layers_on_the_longest_path(factory, depth):
     parameters = sum(p.numel() for p in factory(num_classes=7).parameters())
     assert parameters == parameters_by_formula(depth, "B", num_classes=7)
     assert network(torch.randn(2, 1, 8, 8)).shape == (2, 7)
+
+
+def test_half_the_width_halves_the_channels_of_every_stage():
+    network = resnet20(width=8)
+    assert sum(p.numel() for p in network.parameters()) == parameters_by_formula(20, "B", first=8)
 
 
 def test_shortcut_a_passes_every_second_pixel_and_zeros_in_the_new_channels():
@@ -61,6 +66,7 @@ def test_weights_are_kaiming_normal_and_batchnorm_starts_as_identity():
         ({"depth": 2}, "6n \\+ 2"),
         ({"depth": 20, "shortcut": "C"}, "'A'.*'B'.*'C'"),
         ({"depth": 20, "num_classes": 1}, "at least 2 classes"),
+        ({"depth": 20, "width": 0}, "at least 1 channel"),
     ],
 )
 def test_bad_arguments_are_refused_with_the_legal_values(arguments, message):

@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,14 @@ class PruningStep:
 
 
 class Retrain(ABC):
-    """The learning rate of a pruned round."""
+    """The learning rate of a pruned round.
+
+    Attributes:
+        needs_dense_phase: whether one rate, that with which the optimizer was made, does not do in place of those of a
+            dense phase.
+    """
+
+    needs_dense_phase: ClassVar[bool] = False
 
     @abstractmethod
     def rate(self, dense: DenseRates, pruned: PruningStep, step: int, length: int) -> float | None:
@@ -124,6 +132,8 @@ class AdaptiveLR(Retrain):
         normalization layers.
     """
 
+    needs_dense_phase = True
+
     def rate(self, dense: DenseRates, pruned: PruningStep, step: int, length: int) -> float:
         """As `LinearLR`, from another rate."""
         drop = pruned.norm_drop / math.sqrt(pruned.share) if pruned.share else 0.0
@@ -141,6 +151,8 @@ class CyclicLR(Retrain):
     Differs: the lowest rate is sought from the highest one on, as what comes before counts as the warm-up; the code is
         told how long that is.
     """
+
+    needs_dense_phase = True
 
     def rate(self, dense: DenseRates, pruned: PruningStep, step: int, length: int) -> float:
         """`lowest + (highest - lowest) * (1 + cos(pi * t)) / 2`, t from 0 after the warm-up to 1 after the round."""
@@ -161,6 +173,8 @@ class ScaledLR(Retrain):
         ZIB-IOL/SMS.
     Differs: what comes before the highest rate counts as the warm-up; the code is told how long that is.
     """
+
+    needs_dense_phase = True
 
     def rate(self, dense: DenseRates, pruned: PruningStep, step: int, length: int) -> float:
         """The dense phase's rate at the same share of its length."""

@@ -56,6 +56,15 @@ class Snapshot:
         for name, tensor in state.items():
             tensor.copy_(self.tensors[name])
 
+    def packed(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """For a checkpoint: the tensors, and of those that have a mask the kept places [kept]."""
+        return {name: t[masks[name].cpu()] if name in masks else t for name, t in self.tensors.items()}
+
+    @classmethod
+    def unpacked(cls, packed: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Self:
+        """What `packed` returned under the same masks, with zeros at the pruned places."""
+        return cls({name: _spread(t, masks[name].cpu()) if name in masks else t for name, t in packed.items()})
+
     def cast_like(self, module: nn.Module) -> Self:
         """The same with each tensor in the type that it has in `module`, which may train in another precision."""
         types = {name: tensor.dtype for name, tensor in _state(module)}
@@ -123,3 +132,9 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _kind(tensor: Tensor) -> tuple[tuple[int, ...], str]:
     return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+
+
+def _spread(kept: Tensor, mask: Tensor) -> Tensor:
+    whole = torch.zeros(mask.shape, dtype=kept.dtype)
+    whole[mask] = kept
+    return whole

@@ -9,6 +9,7 @@ from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -36,6 +37,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def uniform(members: Sequence[Member], masks: Sequence[MemberMasks] | None = None) -> dict[str, Tensor]:
@@ -62,20 +64,21 @@ def uniform(members: Sequence[Member], masks: Sequence[MemberMasks] | None = Non
     """
     with _opened(members) as sources:
         kinds = _common_kinds(sources)
-        kept = None if masks is None else _common_masks(masks, kinds, [source.label for source in sources])
+        labels = [source.label for source in sources]
+        kept = None if masks is None else _common_masks(masks, kinds, labels)
         soup = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
         for name, tensor in soup.items():
+            mask = kept[name].cpu().reshape(-1) if kept and name in kept else None
             for part in _parts(tensor.numel()):
-                pieces = (source.read(name, part) for source in sources)
+                pieces, mean = (source.read(name, part) for source in sources), tensor.view(-1)[part]
                 if not tensor.is_floating_point():
-                    piece = _merge(name, pieces)
+                    mean.copy_(_merge(name, pieces))
                 elif kept is None and tensor.ndim >= 2:
-                    piece = _mean_with_zeros(name, pieces, [source.label for source in sources])
+                    mean.copy_(_mean_with_zeros(name, pieces, labels))
                 else:
-                    piece = _mean(name, pieces)
-                tensor.view(-1)[part] = piece
-    for name, mask in (kept or {}).items():
-        soup[name].masked_fill_(~mask.cpu(), 0)
+                    mean.copy_(_mean(name, pieces))
+                if mask is not None:
+                    _zero_(mean, mask[part])
     return soup
 
 
@@ -215,6 +218,41 @@ def recalibrate(module: nn.Module, batches: Iterable[Tensor], *, images: int | N
             layer.get_buffer(_COUNT).copy_(buffers[_COUNT])
 
 
+class RunningMean:
+    """The uniform soup of members that come one after the other: bit for bit what `uniform` makes of all of them.
+
+    Args:
+        tensors: the mean of `count` members, to go on with; taken as they are.
+        count: members so far.
+
+    Attributes:
+        tensors: name -> the mean so far, on the CPU; in float32 where the members have less.
+        count: members so far.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor] | None = None, count: int = 0) -> None:
+        self.tensors, self.count = tensors or {}, count
+
+    def add(self, member: Mapping[str, Tensor]) -> None:
+        """Take in a member with the names and shapes of the others.
+
+        Raises:
+            ValueError: a mean that is not finite, or integers that differ.
+        """
+        self.count += 1
+        for name, tensor in member.items():
+            if self.count == 1:
+                self.tensors[name] = tensor.detach().to("cpu", _mean_type(tensor), copy=True)
+                continue
+            mean, piece = self.tensors[name].view(-1), tensor.detach().cpu().reshape(-1)
+            for part in _parts(len(mean)):
+                if mean.is_floating_point():
+                    _take_in_(mean[part], piece[part], self.count)
+                else:
+                    mean[part] = _merge(name, (mean[part], piece[part]))
+            _check_finite(name, mean)
+
+
 _Kind = tuple[torch.Size, torch.dtype]
 
 
@@ -270,11 +308,11 @@ class _File:
     def read(self, name: str, part: slice) -> Tensor:
         """The weights in `part` of the tensor `name`, row-major."""
         dtype = self.kinds[name][1]
-        read = torch.empty((part.stop - part.start) * dtype.itemsize, dtype=torch.uint8)
+        read = torch.empty(part.stop - part.start, dtype=dtype)
         self._file.seek(self._starts[name] + part.start * dtype.itemsize)
-        if self._file.readinto(read.numpy().data) != len(read):
+        if self._file.readinto(read.view(torch.uint8).numpy()) != read.nbytes:
             raise ValueError(f"{self.label} became shorter while it was read. Replace files, do not write to them.")
-        return read.view(dtype)
+        return read
 
 
 @contextmanager
@@ -324,7 +362,7 @@ def _common_masks(
             continue
         other = _masks(given)
         for name in [*first, *other]:
-            if name not in first or name not in other or not torch.equal(first[name].cpu(), other[name].cpu()):
+            if name not in first or name not in other or not _equal(first[name], other[name]):
                 raise _pruned_otherwise(name, labels[0], label)
     return first
 
@@ -338,6 +376,11 @@ def _same_file(one: MemberMasks, other: MemberMasks) -> bool:
     if isinstance(one, Mapping) or isinstance(other, Mapping):
         return False
     return Path(one).read_bytes() == Path(other).read_bytes()
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    # In an eighth of the time that `torch.equal` takes of bools.
+    return one is other or np.array_equal(one.cpu().numpy(), other.cpu().numpy())
 
 
 def _pruned_otherwise(name: str, one: str, other: str, remedy: str = "") -> ValueError:
@@ -354,30 +397,54 @@ def _parts(total: int) -> Iterator[slice]:
 def _mean(name: str, pieces: Iterable[Tensor]) -> Tensor:
     pieces = iter(pieces)
     first = next(pieces)
-    mean = first.to(torch.promote_types(first.dtype, torch.float32), copy=True)
+    mean = first.to(_mean_type(first), copy=True)
     for number, piece in enumerate(pieces, 2):
-        # m - (m - x) / number, from a weight of 0.5 on: where x is m this is m, also -0.0; k * m / k is rounded twice.
-        torch.lerp(piece.to(mean.dtype), mean, 1 - 1 / number, out=mean)
-    if not math.isfinite(float(mean.sum())) and not bool(mean.isfinite().all()):
-        raise ValueError(f"The mean of {name!r} is not finite: a member has diverged. Leave it out.")
+        _take_in_(mean, piece, number)
+    _check_finite(name, mean)
     return mean
+
+
+def _mean_type(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+
+
+def _take_in_(mean: Tensor, piece: Tensor, number: int) -> None:
+    # m - (m - x) / number, from a weight of 0.5 on: where x is m this is m, also -0.0; k * m / k is rounded twice.
+    torch.lerp(piece.to(mean.dtype), mean, 1 - 1 / number, out=mean)
+
+
+def _check_finite(name: str, mean: Tensor) -> None:
+    if mean.is_floating_point() and not math.isfinite(float(mean.sum())) and not bool(mean.isfinite().all()):
+        raise ValueError(f"The mean of {name!r} is not finite: a member has diverged. Leave it out.")
 
 
 def _mean_with_zeros(name: str, pieces: Iterable[Tensor], labels: Sequence[str]) -> Tensor:
     """The mean of `pieces` that are 0 at the same places."""
     pieces = iter(pieces)
     first = next(pieces)
-    kept = first.bool()
+    kept = _nonzero(first)
+    as_bytes = kept.tobytes()  # compared in a third of the time of arrays
 
     def alike() -> Iterator[Tensor]:
         yield first
         for label, piece in zip(labels[1:], pieces, strict=True):
-            # In an eighth of the time of `torch.equal(piece != 0, kept)`.
-            if not np.array_equal(piece.bool().numpy(), kept.numpy()):
+            if _nonzero(piece).tobytes() != as_bytes:
                 raise _pruned_otherwise(name, labels[0], label, " If a kept weight is 0 by chance, give masks.")
             yield piece
 
-    return _mean(name, alike()).masked_fill_(~kept, 0)  # -0.0 becomes 0 too
+    mean = _mean(name, alike())
+    _zero_(mean, torch.from_numpy(kept))
+    return mean
+
+
+def _nonzero(piece: Tensor) -> NDArray[np.bool_]:
+    return piece.to(_mean_type(piece)).numpy() != 0  # in half the time of `piece.bool()`
+
+
+def _zero_(tensor: Tensor, kept: Tensor) -> None:
+    """Set what is not kept to 0."""
+    # As integers, the bits become those of +0.0 or stay; in a quarter of the time of `masked_fill_`.
+    tensor.view(_INTEGERS[tensor.itemsize]).mul_(kept.view(torch.uint8))
 
 
 def _merge(name: str, pieces: Iterable[Tensor]) -> Tensor:

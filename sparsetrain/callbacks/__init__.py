@@ -7,6 +7,8 @@ from sparsetrain.callbacks.iterative import IterativeMagnitudePruning
 from sparsetrain.callbacks.lottery import LotteryTicketRewinding
 from sparsetrain.callbacks.nm import BidirectionalWeightPruning, StraightThroughNM
 from sparsetrain.callbacks.resume import ExactResume
+from sparsetrain.callbacks.soup import SparseModelSoup
+from sparsetrain.callbacks.vary import Vary
 
 __all__ = [
     "BidirectionalWeightPruning",
@@ -15,7 +17,9 @@ __all__ = [
     "GradualMagnitudePruning",
     "IterativeMagnitudePruning",
     "LotteryTicketRewinding",
+    "SparseModelSoup",
     "SparsityCallback",
     "StraightThroughNM",
+    "Vary",
     "masks_of",
 ]

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -10,13 +10,11 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch.optim import Optimizer
 
 from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.optimizer_snapshot import OptimizerSnapshot
 from sparsetrain.callbacks.rates import RoundRates, fast_forward
-from sparsetrain.callbacks.trainer import callbacks_of, is_fast_dev_run
+from sparsetrain.callbacks.trainer import callbacks_of, is_fast_dev_run, train_loaders
 from sparsetrain.masks import Masks, Pruning
 from sparsetrain.retrain import PruningStep, ReplayLR, Retrain
 from sparsetrain.rng import derive_seed
@@ -62,8 +60,8 @@ class IterativeMagnitudePruning(SparsityCallback):
         check: see `SparsityCallback`.
 
     Attributes:
-        round: the round that has begun last; 0 in the dense phase.
-        rounds: the arithmetic, in optimizer steps, once training has started.
+        leg: the leg that has begun last, 0 for the dense phase; here a leg is a round.
+        rounds: the arithmetic, in optimizer steps, once training has started; it counts legs.
 
     Raises:
         ValueError: arguments out of range or that do not go together; at the start of the fit, a Trainer of another
@@ -75,13 +73,14 @@ class IterativeMagnitudePruning(SparsityCallback):
         rounds up what it prunes and drops ties, each time of what the round before left.
     """
 
-    round: int
+    leg: int
     rounds: Rounds
     _seed: int
     _origin: str
     _snapshot: Snapshot | None
     _optimizers: OptimizerSnapshot | None
     _rates: RoundRates
+    _scaler: dict[str, Any]
     _limits: tuple[int | None, int] | None
 
     def __init__(
@@ -117,9 +116,14 @@ class IterativeMagnitudePruning(SparsityCallback):
         super().__init__(pruning, check=check)
 
     @property
+    def round(self) -> int:
+        """The round that has begun last; 0 in the dense phase."""
+        return self.leg
+
+    @property
     def length(self) -> str:
         """How long the Trainer has to be, such as "240ep"."""
-        return f"{self._lengths.total}{self._unit}"
+        return f"{self._total}{self._unit}"
 
     @property
     def ticket(self) -> Ticket:
@@ -128,7 +132,7 @@ class IterativeMagnitudePruning(SparsityCallback):
         Raises:
             RuntimeError: the weights are not rewound, or the fit has not come to the step `rewind_to`.
         """
-        if self._snapshot is None:
+        if self._snapshot is None or self.weights != "rewind":
             raise RuntimeError("There is no ticket before a run with weights='rewind' has come to the step rewound to.")
         return Ticket(self._snapshot, {name: mask.cpu().clone() for name, mask in self.masks.items()}, self._origin)
 
@@ -143,10 +147,14 @@ class IterativeMagnitudePruning(SparsityCallback):
         """Whether the last round has begun: by its place, as steps that a gradient scaler skips are not made."""
         return self.round == self.rounds.count
 
+    def ends_leg(self, trainer: L.Trainer, batch_idx: int) -> bool:
+        """Whether batch `batch_idx` of the epoch, just trained, is the last one of a leg."""
+        place = self._place(trainer, batch_idx + 1, epoch_ends=trainer.is_last_batch)
+        return place is not None and place == self.rounds.start(self.leg + 1)
+
     def ends_round(self, trainer: L.Trainer, batch_idx: int) -> bool:
         """Whether batch `batch_idx` of the epoch, just trained, is the last one of a round."""
-        place = self._place(trainer, batch_idx + 1, epoch_ends=trainer.is_last_batch)
-        return place is not None and place == self.rounds.start(self.round + 1)
+        return self.ends_leg(trainer, batch_idx)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -164,7 +172,7 @@ class IterativeMagnitudePruning(SparsityCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not is_fast_dev_run(trainer):
-            self._set_length(trainer, self._lengths.total)
+            self._set_length(trainer, self._total)
 
     def prepare(self, trainer: L.Trainer) -> None:
         if is_fast_dev_run(trainer):
@@ -184,19 +192,20 @@ class IterativeMagnitudePruning(SparsityCallback):
         self._rates.check(trainer, pl_module, self.rounds, self.run.steps_per_epoch or 1)
         if not resumed:
             self._seed = trainer.strategy.broadcast(torch.initial_seed())
+            self._scaler = trainer.precision_plugin.state_dict()
             if self.weights == "rewind":
                 self._origin = trainer.strategy.broadcast(Snapshot.of(pl_module).digest)
-        if self.round:
-            self._reseed_loaders(trainer, self.round)
-        self._rates.resume(trainer, in_round=self.round > 0)
+        if self.leg:
+            self._reseed_loaders(trainer, self.leg)
+        self._rates.resume(trainer, in_round=self.leg > 0)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
-        number = self.rounds.at(trainer.current_epoch * (self.run.steps_per_epoch or 0))
-        if number:
-            self._reseed_loaders(trainer, number)  # each epoch: the Trainer may have made new loaders
-        if number > self.round:
-            _seed_all(derive_seed(self._seed, "round", number, trainer.global_rank))  # before an iterator draws
+        leg = self.rounds.at(trainer.current_epoch * (self.run.steps_per_epoch or 0))
+        if leg:
+            self._reseed_loaders(trainer, leg)  # each epoch: the Trainer may have made new loaders
+        if leg > self.leg:
+            _seed_all(derive_seed(self._seed, *self.stream(leg), trainer.global_rank))  # before an iterator draws
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -204,13 +213,14 @@ class IterativeMagnitudePruning(SparsityCallback):
         place = self._place(trainer, batch_idx)
         if place is None:
             return
-        if self.round == 0:
+        if self.leg == 0:
             self._prepare_rounds(trainer, pl_module, place)
-        if self.rounds.at(place) > self.round:
+        if self.rounds.at(place) > self.leg:
             if batch_idx > 0:
-                _seed_all(derive_seed(self._seed, "round", self.round + 1, trainer.global_rank))
-            self._begin_round(trainer, pl_module)
-        self._rates.set_step(trainer, place - self.rounds.start(self.round), self.rounds.trained)
+                _seed_all(derive_seed(self._seed, *self.stream(self.leg + 1), trainer.global_rank))
+            self._begin_leg(trainer, pl_module)
+        step = place - self.rounds.start(self.leg)
+        self._rates.set_step(trainer, step, self.rounds.trained, peak=self._peak)
 
     def facts(self) -> dict[str, float]:
         return {**super().facts(), "sparsity/round": float(self.round)}
@@ -218,8 +228,9 @@ class IterativeMagnitudePruning(SparsityCallback):
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
-            "round": self.round,
+            "leg": self.leg,
             "seed": self._seed,
+            "scaler": self._scaler,
             "origin": self._origin,
             "snapshot": None if self._snapshot is None else dict(self._snapshot.tensors),
             "optimizers": None if self._optimizers is None else self._optimizers.packed(self.masks),
@@ -238,13 +249,17 @@ class IterativeMagnitudePruning(SparsityCallback):
         super().on_exception(trainer, pl_module, exception)
         self._release(trainer)
 
+    def stream(self, leg: int) -> tuple[int | str, ...]:
+        """The name of the random stream of `leg`, at least 1: of its order, augmentation and dropout."""
+        return "round", leg
+
     def change_masks(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Prune the network that the last round has trained; `self.round` is the new one."""
         self._update(trainer, self.sparsities[-1 if is_fast_dev_run(trainer) else self.round])
 
     def _begin(self) -> None:
         super()._begin()
-        self.round, self._seed = 0, 0
+        self.leg, self._seed, self._scaler = 0, 0, {}
         self.rounds = self._lengths
         self._snapshot, self._optimizers, self._origin = None, None, ""
         self._rates = RoundRates(self.retrain)
@@ -252,7 +267,7 @@ class IterativeMagnitudePruning(SparsityCallback):
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)
-        self.round, self._seed = state["round"], state["seed"]
+        self.leg, self._seed, self._scaler = state["leg"], state["seed"], state["scaler"]
         self._origin = state["origin"]
         self._snapshot = None if state["snapshot"] is None else Snapshot(state["snapshot"])
         optimizers = state["optimizers"]
@@ -271,11 +286,21 @@ class IterativeMagnitudePruning(SparsityCallback):
                 f"ReplayLR() runs the last {lengths.trained} of the schedule's {lengths.schedule} again. Make "
                 "dense_length at least round_length - rewind_to, or '0it'."
             )
-        if not isinstance(self.retrain, ReplayLR) and lengths.dense == 0:
+        if self.retrain.needs_dense_phase and lengths.dense == 0:
             raise ValueError(
-                f"{type(self.retrain).__name__}() goes on from the learning rate of a dense phase, and dense_length=0 "
-                "leaves none. Use ReplayLR() and give the module the learning rate of the rounds."
+                f"{type(self.retrain).__name__}() needs the learning rates of a dense phase, and dense_length=0 leaves "
+                "none. Use LinearLR(), LastLR() or ReplayLR() and give the module the learning rate of the rounds."
             )
+
+    @property
+    def _peak(self) -> float | None:
+        """The highest learning rate of this leg; None: that of the dense phase."""
+        return None
+
+    @property
+    def _total(self) -> int:
+        """The length of the run, in the unit of the lengths."""
+        return self._lengths.total
 
     def _limits_of(self, trainer: L.Trainer) -> tuple[int | None, int]:
         """The Trainer's max_epochs and max_steps.
@@ -284,13 +309,14 @@ class IterativeMagnitudePruning(SparsityCallback):
             ValueError: they are not the length of the rounds.
         """
         epochs, steps = trainer.max_epochs, trainer.max_steps
-        total, unlimited = self._lengths.total, epochs in (-1, None) and steps == -1
+        total, unlimited = self._total, epochs in (-1, None) and steps == -1
         fits = (epochs == total and steps == -1) if self._unit == "ep" else (steps == total and epochs in (-1, None))
         if not (fits or unlimited or is_fast_dev_run(trainer)):
             argument = "max_epochs" if self._unit == "ep" else "max_steps"
             rounds = self._lengths
+            kind = "rounds" if rounds.count == len(self.sparsities) - 1 else "legs"
             raise ValueError(
-                f"A dense phase of {rounds.dense} and {rounds.count} rounds of {rounds.trained} are {total} "
+                f"A dense phase of {rounds.dense} and {rounds.count} {kind} of {rounds.trained} are {total} "
                 f"{'epochs' if self._unit == 'ep' else 'steps'}; this Trainer has max_epochs={epochs} and "
                 f"max_steps={steps}. Use Trainer({argument}={total}), or max_epochs=-1 to have it set."
             )
@@ -324,46 +350,48 @@ class IterativeMagnitudePruning(SparsityCallback):
     def _remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what the rounds will go back to."""
         if self.weights == "rewind":
-            # Batch norm's statistics differ among ranks, and a checkpoint holds those of the first.
-            snapshot = Snapshot.of(pl_module)
-            self._snapshot = trainer.strategy.broadcast(snapshot) if trainer.world_size > 1 else snapshot
+            self._snapshot = of_first_rank(trainer, Snapshot.of(pl_module))
         if self.optimizer_state == "snapshot":
             self._optimizers = OptimizerSnapshot.of(trainer.optimizers, pl_module)
         self._rates.remember(trainer)
 
-    def _begin_round(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.round += 1
+    def _begin_leg(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.leg += 1
+        self._prune(trainer, pl_module)
+        if self._snapshot is not None:
+            self._snapshot.restore_(pl_module)
+        self._set_optimizers_back(trainer)
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, SparsityCallback):
+                callback.hold_zeros()  # also of weights that another one prunes
+        self._rates.begin_round(trainer)
+
+    def _prune(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         kept, square = sum(self.masks.kept.values()), _square(self.masks)
         self.change_masks(trainer, pl_module)
         share = 1 - sum(self.masks.kept.values()) / kept
         norm_drop = math.sqrt(max(1 - _square(self.masks) / square, 0.0)) if square else 0.0
         self._rates.observe_pruning(PruningStep(share, norm_drop))
-        if self._snapshot is not None:
-            self._snapshot.restore_(pl_module)
-        self._set_optimizers_back(trainer.optimizers)
-        for callback in callbacks_of(trainer):
-            if isinstance(callback, SparsityCallback):
-                callback.hold_zeros()  # also of weights that another one prunes
-        self._rates.begin_round(trainer)
-        rank_zero_info(f"Round {self.round} of {self.rounds.count}: sparsity {self.masks.sparsity():.4%}.")
+        rank_zero_info(f"Round {self.round} of {len(self.sparsities) - 1}: sparsity {self.masks.sparsity():.4%}.")
 
-    def _set_optimizers_back(self, optimizers: list[Optimizer]) -> None:
+    def _set_optimizers_back(self, trainer: L.Trainer) -> None:
         if self.optimizer_state == "keep":
             return
-        for optimizer in optimizers:
+        for optimizer in trainer.optimizers:
             optimizer.state.clear()
         if self._optimizers is not None:
-            self._optimizers.restore_(optimizers)
+            self._optimizers.restore_(trainer.optimizers)
+        trainer.precision_plugin.load_state_dict(self._scaler)  # gradients are scaled as for a fresh optimizer
 
-    def _reseed_loaders(self, trainer: L.Trainer, number: int) -> None:
-        """Give the loaders the order and augmentation of round `number`, whose first epoch is that of the schedule."""
+    def _reseed_loaders(self, trainer: L.Trainer, leg: int) -> None:
+        """Give the loaders the order and augmentation of `leg`, whose first epoch is that of the schedule."""
         if self._unit != "ep" or is_fast_dev_run(trainer):
             return  # counted in steps, a round may begin within an epoch
         per_epoch = self.run.steps_per_epoch or 1
-        epoch0 = (self.rounds.start(number) - max(self.rounds.replay_from, 0)) // per_epoch
-        for loader in _loaders(trainer):
+        epoch0 = (self.rounds.start(leg) - max(self.rounds.replay_from, 0)) // per_epoch
+        for loader in train_loaders(trainer):
             if hasattr(loader, "reseed"):
-                loader.reseed(derive_seed(self._seed, "round", number), epoch0)
+                loader.reseed(derive_seed(self._seed, *self.stream(leg)), epoch0)
 
     def _release(self, trainer: L.Trainer) -> None:
         """Give the Trainer its length and its schedulers back."""
@@ -371,6 +399,11 @@ class IterativeMagnitudePruning(SparsityCallback):
             trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = self._limits
             self._limits = None
         self._rates.release(trainer)
+
+
+def of_first_rank(trainer: L.Trainer, snapshot: Snapshot) -> Snapshot:
+    """The first rank's: batch norm's statistics differ among ranks, and a checkpoint holds those of the first."""
+    return trainer.strategy.broadcast(snapshot) if trainer.world_size > 1 else snapshot
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -383,12 +416,6 @@ def _square(masks: Masks) -> float:
     # On the CPU: not every device has float64.
     weights = (masks.parameter(name).detach().cpu() for name in masks)
     return sum(float(torch.linalg.vector_norm(weight, dtype=torch.float64)) ** 2 for weight in weights)
-
-
-def _loaders(trainer: L.Trainer) -> Iterator[Any]:
-    loaders = trainer.train_dataloader
-    if loaders is not None:
-        yield from CombinedLoader(loaders, "min_size").flattened
 
 
 def _seed_all(seed: int) -> None:

@@ -81,7 +81,10 @@ class RoundRates:
                 )
 
     def observe(self, trainer: L.Trainer, place: int, *, dense: bool) -> None:
-        """Note the rates of the step at `place`; one that is not of the dense phase only if there was none."""
+        """Note the rates of the step at `place`.
+
+        Without a dense phase those with which the optimizers were made stand for it, or the highest of a cycle.
+        """
         if self.replays or not (dense or not self._seen):
             return
         self._seen_length = place + 1
@@ -89,7 +92,8 @@ class RoundRates:
         for optimizer, groups in zip(trainer.optimizers, self._seen, strict=True):
             groups += [([], []) for _ in optimizer.param_groups[len(groups) :]]  # groups may be added in training
             for group, (starts, rates) in zip(optimizer.param_groups, groups, strict=True):
-                rate = float(group["lr"])
+                made = group.get("max_lr", group.get("initial_lr", group["lr"]))
+                rate = float(group["lr"] if dense else made)
                 if not rates or rates[-1] != rate:
                     starts.append(place if starts else 0)
                     rates.append(rate)
@@ -117,13 +121,23 @@ class RoundRates:
         for config, state in zip(trainer.lr_scheduler_configs, self._remembered["schedulers"], strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
 
-    def set_step(self, trainer: L.Trainer, step: int, length: int) -> None:
-        """Set the rates of `step` of a round of `length` steps, where the policy does."""
+    def set_step(self, trainer: L.Trainer, step: int, length: int, *, peak: float | None = None) -> None:
+        """Set the rates of `step` of a round of `length` steps, where the policy does.
+
+        Args:
+            trainer: whose optimizers have them.
+            step: of the round, 0-based.
+            length: of the round.
+            peak: stands for the highest rate of the dense phase; others, also of other groups, keep their ratio to it.
+        """
         if self._resting is None:
             return
+        highest = max(dense.highest for groups in self._dense for dense in groups)
+        scale = 1.0 if peak is None else peak / highest
         for optimizer, groups in zip(trainer.optimizers, self._dense, strict=True):
             for group, dense in zip(optimizer.param_groups, groups, strict=True):
-                _set(group, {"lr": self.retrain.rate(dense, self._pruned, step, length)})
+                rate = self.retrain.rate(dense, self._pruned, step, length)
+                _set(group, {"lr": rate if rate is None else scale * rate})
 
     def state_dict(self) -> dict[str, Any]:
         """All of it; the Trainer does not save schedulers that rest."""

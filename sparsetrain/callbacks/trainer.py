@@ -1,10 +1,12 @@
 """What callbacks ask a Trainer: Lightning sets some of its attributes where type checkers do not see them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
 from sparsetrain.steps import RunLength
 
@@ -28,6 +30,12 @@ def is_fast_dev_run(trainer: L.Trainer) -> bool:
 def has_scaler(trainer: L.Trainer) -> bool:
     """Whether gradients are scaled, so that steps may be skipped."""
     return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
+def train_loaders(trainer: L.Trainer) -> Iterator[Any]:
+    """The training loaders, of which there may be several."""
+    if trainer.train_dataloader is not None:
+        yield from CombinedLoader(trainer.train_dataloader, "min_size").flattened
 
 
 def run_length(trainer: L.Trainer) -> RunLength:

@@ -1,7 +1,9 @@
 """Exactly resumable batches: the contract of our loaders, and the loader of images that live whole on a device."""
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -97,6 +99,14 @@ class ResumableLoader(ABC):
         argument is in it, so call this again after a resume and before the first batch.
         """
         self.seed, self.epoch0 = seed, epoch0
+
+    def fresh(self, seed: int) -> Self:
+        """A loader of the same data with a seed and a place of its own, at batch 0 of epoch 0."""
+        other = copy.copy(self)
+        other.sampler = EpochSampler()
+        other._epoch, other._batch, other._resuming = 0, 0, False
+        other.reseed(seed)
+        return other
 
     def state_dict(self) -> dict[str, int]:
         """The place after the last batch handed out: its epoch, and the batches of it so far modulo `len(self)`."""

@@ -33,6 +33,7 @@ from torch.optim import Optimizer, lr_scheduler
 from sparsetrain import (
     ERK,
     LAMP,
+    AdaptiveLR,
     IterativeMagnitudePruning,
     LastLR,
     Magnitude,
@@ -772,8 +773,8 @@ def test_the_callback_says_how_long_the_trainer_has_to_be():
             r"ReplayLR\(\) runs the last 2 of the schedule's 1 again\. Make dense_length at least",
         ),
         (
-            {"retrain": LastLR(), "dense_length": "0ep"},
-            r"LastLR\(\) goes on from the learning rate of a dense phase, and",
+            {"retrain": AdaptiveLR(), "dense_length": "0ep"},
+            r"AdaptiveLR\(\) needs the learning rates of a dense phase, and dense_length=0 leaves none",
         ),
         (
             {"pruning": Pruning(criterion=Saliency())},
@@ -814,7 +815,7 @@ def test_a_checkpoint_holds_the_snapshot_where_weights_are_rewound_and_loads_saf
         callbacks = torch.load(saved.path, weights_only=True)["callbacks"]
         state = next(state for key, state in callbacks.items() if key.startswith("IterativeMagnitudePruning"))
         taken = saved.batches > 5
-        assert state["round"] == sum(saved.batches > start for start in (10, 15))  # of the network that it holds
+        assert state["leg"] == sum(saved.batches > start for start in (10, 15))  # of the network that it holds
         assert (state["snapshot"] is not None) == (weights == "rewind" and taken)
         assert (state["optimizers"] is not None) == (optimizer_state == "snapshot" and taken)
         if state["snapshot"] is not None:

@@ -186,6 +186,13 @@ def test_fine_tuning_steps_with_the_learning_rate_of_the_dense_phases_last_step(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("schedule", "made"), [("one_cycle", 0.2), ("lambda_warm_up", 0.1), ("step", 0.1)])
+def test_without_a_dense_phase_a_policy_goes_on_from_the_rate_the_optimizer_was_made_with(schedule, made):
+    for retrain, rate in ((LastLR(), lambda step: made), (LinearLR(), lambda step: made * (5 - step) / 5)):
+        _, record = recorded(imp(length="1ep", dense_length="0it", retrain=retrain), make=SCHEDULES[schedule])
+        assert [lr for lr, _ in record.rates.values()] == pytest.approx([rate(step % 5) for step in range(10)])
+
+
 def test_fine_tuning_holds_that_rate_in_resumed_runs_and_gives_the_schedulers_back(tmp_path):
     saver = SaveEverywhere(tmp_path)
     run, whole = recorded(imp(retrain=LastLR()), saver)

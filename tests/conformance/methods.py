@@ -25,10 +25,12 @@ from sparsetrain import (
     Pruning,
     Random,
     Saliency,
+    SparseModelSoup,
     SparsityCallback,
     StraightThroughNM,
     Ticket,
     Uniform,
+    Vary,
     prune,
 )
 from sparsetrain.snapshot import Snapshot
@@ -77,6 +79,11 @@ def lottery(**settings: str) -> LotteryTicketRewinding:
     return LotteryTicketRewinding(2, "1ep", rewind_to="0ep", sparsity=0.8, **settings)
 
 
+def soup(**settings: str) -> SparseModelSoup:
+    vary = Vary(weight_decay=(1e-3, 1e-2), lr=(0.2, 0.1))
+    return SparseModelSoup(1, "1ep", sparsity=0.8, ingredients=2, vary=vary, **settings)
+
+
 def ticket(**settings: str) -> LotteryTicketRewinding:
     with torch.random.fork_rng(), tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(12)
@@ -109,6 +116,7 @@ METHODS = (
     Method("rounds_fine_tuned", rounds(2, "1ep", retrain=LastLR()), 0.8, many_rounds=True),
     Method("lottery", lottery, 0.8, many_rounds=True),
     Method("ticket", ticket, 0.7, many_rounds=True),
+    Method("soup", soup, 0.8, many_rounds=True),
     Method("bidirectional", n_of_m(BidirectionalWeightPruning, decay=1e-2), 0.5, regrow=True, converts=True),
     Method("straight_through", n_of_m(StraightThroughNM, 1, 4, decay=1e-2), 0.75, regrow=True, converts=True),
     Method("transposable", n_of_m(StraightThroughNM, transposable=True, refresh="4it"), 0.5, True, converts=True),

@@ -1,0 +1,93 @@
+"""Batch norm's statistics anew, from the training data as the module sees it."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Generator, Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from sparsetrain import soups
+from sparsetrain.snapshot import Snapshot
+
+MOST_IMAGES = 10_000
+
+
+def recalibrate(trainer: L.Trainer, pl_module: L.LightningModule, loaders: list[Any], seed: int) -> None:
+    """`soups.recalibrate` with a fifth of the batches of the training loader, until 10,000 inputs have been seen.
+
+    Neither the loader's place nor any random stream is moved. On several ranks each looks at its share of the data, and
+    the first one's statistics are taken.
+
+    Args:
+        trainer: moves the batches and sets the precision.
+        pl_module: is called with the first part of each batch, or with a batch that is a tensor.
+        loaders: for training; one, if there is batch norm.
+        seed: of the order and augmentation of loaders that have `fresh`; that of the global generators for others.
+
+    Raises:
+        ValueError: several loaders, or a batch that does not begin with a tensor.
+    """
+    if not any(isinstance(layer, _BatchNorm) for layer in pl_module.modules()):
+        return
+    if len(loaders) != 1:
+        raise ValueError(
+            f"Batch norm is recalibrated with the batches of one training loader; there are {len(loaders)}. Give one."
+        )
+    with isolate_rng(), trainer.precision_plugin.forward_context():
+        soups.recalibrate(pl_module, _inputs(trainer, pl_module, loaders[0], seed), images=MOST_IMAGES)
+    if trainer.world_size > 1:
+        trainer.strategy.broadcast(Snapshot.of(pl_module)).restore_(pl_module)
+
+
+class Recalibration(L.Callback):
+    """Recalibrates before each evaluation, so that networks that are compared are all alike in it.
+
+    Args:
+        datamodule: whose training data is looked at.
+        seed: see `recalibrate`.
+    """
+
+    def __init__(self, datamodule: L.LightningDataModule, seed: int) -> None:
+        self.datamodule, self.seed = datamodule, seed
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        recalibrate(trainer, pl_module, [self.datamodule.train_dataloader()], self.seed)
+
+    on_test_start = on_validation_start
+
+
+def _inputs(trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, seed: int) -> Iterator[Tensor]:
+    for number, batch in enumerate(_fresh(loader, seed)):
+        if number * 5 >= len(loader):
+            return
+        batch = pl_module.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+        batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+        if not isinstance(inputs, Tensor):
+            raise ValueError(
+                f"A batch of the training loader is a {type(batch).__name__} that does not begin with a tensor of "
+                "inputs, so batch norm cannot be recalibrated. Let the loader yield (inputs, targets)."
+            )
+        yield inputs
+
+
+def _fresh(loader: Any, seed: int) -> Iterator[Any]:
+    """An iteration that leaves the loader as it is."""
+    if hasattr(loader, "fresh"):
+        yield from loader.fresh(seed)
+        return
+    streams = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
+    own = [stream for stream in streams if isinstance(stream, Generator)]
+    states = [stream.get_state() for stream in own]
+    anew = copy.copy(loader)
+    if isinstance(anew, DataLoader):
+        anew._iterator = None  # of persistent workers, which one iteration at a time may use
+    try:
+        yield from anew
+    finally:
+        for stream, state in zip(own, states, strict=True):
+            stream.set_state(state)

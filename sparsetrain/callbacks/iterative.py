@@ -147,6 +147,11 @@ class IterativeMagnitudePruning(SparsityCallback):
         """Whether the last round has begun: by its place, as steps that a gradient scaler skips are not made."""
         return self.round == self.rounds.count
 
+    @property
+    def span(self) -> tuple[int, int]:
+        """The first optimizer step of the present round, and the one after its last."""
+        return self.rounds.start(self.leg), self.rounds.start(self.leg + 1)
+
     def ends_leg(self, trainer: L.Trainer, batch_idx: int) -> bool:
         """Whether batch `batch_idx` of the epoch, just trained, is the last one of a leg."""
         place = self._place(trainer, batch_idx + 1, epoch_ends=trainer.is_last_batch)

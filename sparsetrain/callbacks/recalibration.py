@@ -11,9 +11,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from sparsetrain import soups
+from sparsetrain.rng import derive_seed
 from sparsetrain.snapshot import Snapshot
 
 MOST_IMAGES = 10_000
+
+
+def recalibration_seed(seed: int) -> int:
+    """Of the sample of training data that a run with `seed` recalibrates with, each time."""
+    return derive_seed(seed, "recalibration")
 
 
 def recalibrate(trainer: L.Trainer, pl_module: L.LightningModule, loaders: list[Any], seed: int) -> None:

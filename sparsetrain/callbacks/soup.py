@@ -7,12 +7,11 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from sparsetrain.callbacks.iterative import IterativeMagnitudePruning, of_first_rank
-from sparsetrain.callbacks.recalibration import recalibrate
+from sparsetrain.callbacks.recalibration import recalibrate, recalibration_seed
 from sparsetrain.callbacks.trainer import train_loaders
 from sparsetrain.callbacks.vary import VariedSettings, Vary
 from sparsetrain.masks import Pruning
 from sparsetrain.retrain import LinearLR, ReplayLR, Retrain
-from sparsetrain.rng import derive_seed
 from sparsetrain.rounds import Rounds
 from sparsetrain.snapshot import Snapshot
 from sparsetrain.soups import RunningMean
@@ -98,7 +97,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
         lengths = self._lengths
         self._lengths = Rounds(rounds * self._legs, lengths.length, lengths.dense)
         if self.only is not None:
-            self._check_only(self.only, rounds)
+            self._check_only(self.only)
 
     @property
     def round(self) -> int:
@@ -110,11 +109,21 @@ class SparseModelSoup(IterativeMagnitudePruning):
         return self._ingredient(self.leg)
 
     @property
+    def numbers(self) -> range:
+        """Of the rounds to train; 0 is the dense phase."""
+        return range(0 if self._lengths.dense else 1, len(self.sparsities))
+
+    @property
     def at_target(self) -> bool:
         return self.round == len(self.sparsities) - 1
 
     def final_step(self) -> int:
         return self.rounds.start(self.rounds.count - self._legs + 1)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        last = self.round * self._legs
+        return self.rounds.start(last - self._legs + 1 if last else 0), self.rounds.start(last + 1)
 
     def ends_round(self, trainer: L.Trainer, batch_idx: int) -> bool:
         return self.ends_leg(trainer, batch_idx) and self.leg % self._legs == 0
@@ -126,7 +135,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         resumed = self._restored is not None
-        if not resumed and self.only is not None and self.only[0] > (0 if self._lengths.dense else 1):
+        if not resumed and self.only is not None and self.only[0] > self.numbers[0]:
             raise ValueError(
                 f"only={self.only} goes on with round {self.only[0]}, but there is no checkpoint of what comes before "
                 "it. Give it as ckpt_path."
@@ -155,10 +164,6 @@ class SparseModelSoup(IterativeMagnitudePruning):
     def facts(self) -> dict[str, float]:
         return {**super().facts(), "sparsity/ingredient": float(self.ingredient)}
 
-    def recalibration_seed(self) -> int:
-        """Of the sample of training data with which batch norm's statistics are computed."""
-        return derive_seed(self._seed, "recalibration")
-
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict()
         if self._snapshot is not None:
@@ -170,18 +175,17 @@ class SparseModelSoup(IterativeMagnitudePruning):
             "varied": self._varied.state_dict(),
         }
 
-    def _check_only(self, only: tuple[int, int], rounds: int) -> None:
+    def _check_only(self, only: tuple[int, int]) -> None:
         number, ingredient = only
         if self._unit != "ep":
             raise ValueError(
                 f"only={only} trains a leg by itself on the order of data that it has in the whole soup, which is a "
                 "function of the seed where lengths are in epochs; here they are in steps. Give them in epochs."
             )
-        first = 0 if self._lengths.dense else 1
-        if not (first <= number <= rounds and 0 <= ingredient < (self.ingredients if number else 1)):
+        if number not in self.numbers or not 0 <= ingredient < (self.ingredients if number else 1):
             raise ValueError(
-                f"only={only} is no leg of this soup: rounds are {first} to {rounds}, ingredients 0 to "
-                f"{self.ingredients - 1}, and (0, 0) is the dense phase."
+                f"only={only} is no leg of this soup: rounds are {self.numbers[0]} to {self.numbers[-1]}, ingredients "
+                f"0 to {self.ingredients - 1}, and (0, 0) is the dense phase."
             )
 
     @property
@@ -226,7 +230,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
             soup.cast_like(pl_module).restore_(pl_module)
             self._mean = self._snapshot = None
             self.hold_zeros()
-            recalibrate(trainer, pl_module, list(train_loaders(trainer)), self.recalibration_seed())
+            recalibrate(trainer, pl_module, list(train_loaders(trainer)), recalibration_seed(self._seed))
 
     def _begin(self) -> None:
         super()._begin()

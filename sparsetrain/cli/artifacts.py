@@ -69,13 +69,13 @@ class Artifacts(L.Callback):
         }
         if isinstance(self.method, NMTraining):
             summary["backends"] = [asdict(decision) for decision in self.method.decisions]
-        _write_json(self.folder / SUMMARY, summary)
+        write_json(self.folder / SUMMARY, summary)
 
 
 def add_to_summary(folder: Path, **entries: Any) -> None:
     """Add entries to summary.json, or replace them."""
     path = folder / SUMMARY
-    _write_json(path, {**json.loads(path.read_text()), **entries})
+    write_json(path, {**json.loads(path.read_text()), **entries})
 
 
 def of_stage(metrics: Mapping[str, Any], stage: str) -> dict[str, float]:
@@ -156,7 +156,7 @@ def _device(trainer: L.Trainer) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace the file as a whole."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n")

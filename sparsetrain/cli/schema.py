@@ -21,6 +21,7 @@ from sparsetrain.callbacks import (
     GradualMagnitudePruning,
     IterativeMagnitudePruning,
     LotteryTicketRewinding,
+    SparseModelSoup,
     StraightThroughNM,
 )
 from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
@@ -34,6 +35,7 @@ SCHEMAS: Mapping[str, Mapping[str, type]] = {
         "fixed_masks": FixedMasks,
         "imp": IterativeMagnitudePruning,
         "lottery": LotteryTicketRewinding,
+        "soup": SparseModelSoup,
         "bdwp": BidirectionalWeightPruning,
         "straight_through": StraightThroughNM,
     },
@@ -72,6 +74,7 @@ class Config:
     init_seed: int | None = MISSING
     init_from: str | None = MISSING
     ckpt_path: str | None = MISSING
+    resume: bool = MISSING
     optimized_metric: str | None = MISSING
     matmul_precision: str = MISSING
     output_dir: str | None = MISSING

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,11 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from sparsetrain.callbacks import ExactResume, IterativeMagnitudePruning, SparsityCallback
-from sparsetrain.cli import artifacts, metrics, rounds, schema
+from sparsetrain.callbacks.recalibration import Recalibration, recalibration_seed
+from sparsetrain.cli import artifacts, launchers, metrics, resume, rounds, schema
 from sparsetrain.cli.checkpoints import AtomicCheckpointIO
 from sparsetrain.cli.instantiate import instantiate
+from sparsetrain.cli.interrupt import CheckpointOnSignal
 from sparsetrain.cli.weights import load_weights
 
 schema.register()
@@ -51,6 +53,7 @@ def main() -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://sparsetrain.conf", config_name="config")
 def _main(cfg: DictConfig) -> float:
+    launchers.begin_job(cfg)
     return train(cfg)
 
 
@@ -80,6 +83,13 @@ def train(cfg: DictConfig) -> float:
         ValueError, OSError: settings that do not fit, a folder that cannot be written, a file that is not there; before
             training wherever it can be known then.
     """
+    with known_warnings():
+        return _train(cfg)
+
+
+@contextlib.contextmanager
+def known_warnings() -> Iterator[None]:
+    """Leaves out the warnings of Lightning that tell nothing here."""
     with warnings.catch_warnings():
         # ModelCheckpoint's records begin anew in the folder of a resumed run; in the same folder its file is replaced.
         warnings.filterwarnings("ignore", "The dirpath has changed", UserWarning)
@@ -88,22 +98,20 @@ def train(cfg: DictConfig) -> float:
         warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero", UserWarning)
         # Lightning 2.6 calls a deprecated name of torch's once for each loader.
         warnings.filterwarnings("ignore", ".isinstance.treespec, LeafSpec", FutureWarning)
-        return _train(cfg)
+        yield
 
 
 def _train(cfg: DictConfig) -> float:
     started = time.perf_counter()
     _check_sweep(cfg)
     folder = _writable(Path(cfg.output_dir))
+    if cfg.resume and (metrics_of_all := resume.take_up(cfg, folder)) is not None:
+        rank_zero_info(f"{folder} holds this run from beginning to end: it is not trained again.")
+        return _optimized(cfg.optimized_metric, metrics_of_all)
     earlier = None if cfg.ckpt_path is None else _read_checkpoint(Path(cfg.ckpt_path))
 
-    L.seed_everything(cfg.seed, workers=True, verbose=False)
-    torch.set_float32_matmul_precision(cfg.matmul_precision)
-    datamodule = instantiate(cfg.dataset)
-    _fill_in(cfg.data, datamodule)
-    example_input = _example_input(datamodule)
     _check_metric(cfg)
-    module = _module(cfg)
+    module, datamodule, example_input = make_parts(cfg)
     method: SparsityCallback | None = instantiate(cfg.method)
     loggers: list[Logger] = list((instantiate(cfg.logger) or {}).values())
     try:
@@ -117,10 +125,11 @@ def _train(cfg: DictConfig) -> float:
             _begin_logs(cfg, folder, loggers, earlier)
         results = _fit(trainer, module, datamodule, cfg.ckpt_path, earlier)
         results |= trainer.test(module, datamodule=datamodule, verbose=False)[0]
-        if isinstance(method, IterativeMagnitudePruning):
-            done = rounds.evaluate_rounds(folder, _evaluator(cfg, folder), module, datamodule, example_input)
+        if isinstance(method, IterativeMagnitudePruning) and cfg.method.get("only") is None:
+            evaluator = make_evaluator(cfg, folder, datamodule, soups=rounds.makes_soups(method))
+            facts = rounds.evaluate(folder, evaluator, module, datamodule, example_input)
             if trainer.is_global_zero:
-                artifacts.add_to_summary(folder, rounds=[{"sparsity": r.sparsity, **r.metrics} for r in done])
+                artifacts.add_to_summary(folder, **facts)
         if trainer.is_global_zero:
             seconds = time.perf_counter() - started
             artifacts.add_to_summary(
@@ -128,6 +137,7 @@ def _train(cfg: DictConfig) -> float:
                 split_hash=getattr(datamodule, "split_hash", None),
                 val=artifacts.of_stage(results, "val"),
                 test=artifacts.of_stage(results, "test"),
+                optimized={name: value for name, value in results.items() if name == cfg.optimized_metric},
                 wall_time_s=round(seconds, 3),
             )
             shown = [f"{name} {value:.4f}" for name, value in results.items() if name.startswith(("val/", "test/"))]
@@ -135,6 +145,45 @@ def _train(cfg: DictConfig) -> float:
     finally:
         _close(loggers)
     return _optimized(cfg.optimized_metric, results)
+
+
+def make_parts(cfg: DictConfig) -> tuple[L.LightningModule, L.LightningDataModule, Tensor]:
+    """The module, the data module and a batch of one example, as a run with `cfg` begins with; seeds everything."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    torch.set_float32_matmul_precision(cfg.matmul_precision)
+    datamodule = instantiate(cfg.dataset)
+    _fill_in(cfg.data, datamodule)
+    example_input = _example_input(datamodule)
+    return _module(cfg), datamodule, example_input
+
+
+def make_evaluator(
+    cfg: DictConfig, folder: Path, datamodule: L.LightningDataModule, *, soups: bool, **settings: Any
+) -> L.Trainer:
+    """A Trainer like the run's that leaves nothing behind; networks around soups are recalibrated alike.
+
+    Args:
+        cfg: of the run.
+        folder: the run's.
+        datamodule: of the run.
+        soups: whether batch norm is recalibrated before each evaluation.
+        settings: other arguments of the Trainer.
+    """
+    quiet = logging.getLogger("lightning.pytorch")
+    level = quiet.level
+    quiet.setLevel(logging.WARNING)  # it would describe the device again
+    try:
+        trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
+            callbacks=[Recalibration(datamodule, recalibration_seed(cfg.seed))] if soups else [],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            default_root_dir=folder,
+            **settings,
+        )
+    finally:
+        quiet.setLevel(level)
+    return trainer
 
 
 def _module(cfg: DictConfig) -> L.LightningModule:
@@ -154,6 +203,7 @@ def _message(error: Exception) -> str:
         if str(cause) not in text:
             text += f"\n{cause}"
         cause = cause.__cause__
+    text += launchers.remedy(text)
     if isinstance(error, OSError) and error.filename is not None:
         text += "\nFolders are chosen by hydra.run.dir=..., hydra.sweep.dir=... (for a sweep) and dataset.root=..."
     return f"\nerror: {text}\n(HYDRA_FULL_ERROR=1 shows where it was raised.)"
@@ -187,28 +237,16 @@ def _callbacks(
     }
     own = [artifacts.Artifacts(folder, method, example_input, facts), ExactResume()]
     if isinstance(method, IterativeMagnitudePruning):
-        own.append(rounds.RoundArtifacts(folder, method))
+        own += rounds.callbacks(folder, method)
     others = [callback for callback in (instantiate(cfg.callbacks) or {}).values() if callback is not None]
+    if cfg.trainer.get("enable_checkpointing", True):
+        others.append(CheckpointOnSignal(folder / resume.CHECKPOINT))
     return [*([] if method is None else [method]), *own, *others]
-
-
-def _evaluator(cfg: DictConfig, folder: Path) -> L.Trainer:
-    """A Trainer like the run's that leaves nothing behind."""
-    quiet = logging.getLogger("lightning.pytorch")
-    level = quiet.level
-    quiet.setLevel(logging.WARNING)  # it would describe the device again
-    try:
-        trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
-            logger=False, enable_checkpointing=False, enable_progress_bar=False, default_root_dir=folder
-        )
-    finally:
-        quiet.setLevel(level)
-    return trainer
 
 
 def _begin_logs(cfg: DictConfig, folder: Path, loggers: list[Logger], earlier: Mapping[str, Any] | None) -> None:
     """Write the resolved configuration to the folder and the loggers; go on with what a resumed run has written."""
-    (folder / artifacts.CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True))
+    resume.write_config(cfg, folder)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]  # cfg is a dict
         if earlier is not None and isinstance(logger, metrics.MetricsCSV):
@@ -230,8 +268,7 @@ def _check_sweep(cfg: DictConfig) -> None:
     if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
         return
     strategy, sweeper = str(cfg.trainer.get("strategy")), HydraConfig.get().sweeper._target_
-    forks = any(part in strategy for part in ("spawn", "fork", "notebook"))
-    if strategy.startswith("ddp") and not forks and not sweeper.endswith(".BasicSweeper"):
+    if launchers.runs_again(strategy) and not sweeper.endswith(".BasicSweeper"):
         raise ValueError(
             f"trainer.strategy={strategy} starts processes that run the whole sweep again, and {sweeper} would sample "
             "other jobs there. Use trainer.strategy=ddp_spawn, or a launcher that gives each job its own processes."

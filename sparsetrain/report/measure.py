@@ -166,7 +166,7 @@ def measure(module: nn.Module, masks: Mapping[str, Tensor], example_input: Tenso
     masked = {name: _masked_parameter(name, mask, named) for name, mask in masks.items()}
     total_flops, flops = None, dict.fromkeys(masked)
     if example_input is not None:
-        total_flops, flops = _count_flops(module, masked, example_input)
+        total_flops, flops = _count_flops_by_parameter(module, masked, example_input)
     layers = []
     for name, parameter in masked.items():
         weight, mask = parameter.detach(), masks[name].to(parameter.device)
@@ -190,14 +190,58 @@ def measure(module: nn.Module, masks: Mapping[str, Tensor], example_input: Tenso
     )
 
 
-class _FlopsByParameter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Books what `counter`, entered just before, counts for an operation to the masked parameter that it reads."""
+def cost(module: nn.Module, example_input: Tensor) -> dict[str, int]:
+    """Count the FLOPs of one example, layer by layer, as `measure` counts them.
 
-    def __init__(self, counter: FlopCounterMode, masked: Mapping[str, Tensor]) -> None:
+    What `measure` leaves out counts 0 here too: biases, norms, activations, pooling, softmax, elementwise products and
+    additions. The module is left as it was.
+
+    Args:
+        module: the network.
+        example_input: a batch, shape (batch, ...), on any device; its first example is run once in evaluation mode.
+
+    Returns:
+        Module name -> FLOPs of the operations that run in that module itself and in none of its children; modules in
+        which nothing counts are left out. They add up to `Report.dense_flops`.
+
+    >>> cost(nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 1)), torch.ones(1, 4))
+    {'0': 16, '2': 4}
+    """
+    flops: dict[str, int] = {}
+    running: list[str] = []
+
+    def book(args: tuple[Any, ...], count: int) -> None:
+        flops[running[-1]] = flops.get(running[-1], 0) + count
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: running.append(name)
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    handles = []
+    try:
+        for name, child in module.named_modules():
+            handles.append(child.register_forward_pre_hook(enter(name)))
+            handles.append(child.register_forward_hook(leave, always_call=True))
+        _count_flops(module, example_input, book)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return flops
+
+
+_Book = Callable[[tuple[Any, ...], int], None]
+"""Is told the arguments of an operation and its FLOPs."""
+
+
+class _Bookkeeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Tells `book` what `counter`, entered just before, counts for each operation."""
+
+    def __init__(self, counter: FlopCounterMode, book: _Book) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.counter = counter
-        self.flops = dict.fromkeys(masked, 0)
-        self.spans = {name: _span(parameter) for name, parameter in masked.items()}
+        self.book = book
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -206,29 +250,39 @@ class _FlopsByParameter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         flops = self.counter.get_total_flops() - before
         if flops:
-            name = next(filter(None, map(self._owner, args)), None)
-            if name is not None:
-                self.flops[name] += flops
+            self.book(args, flops)
         return result
 
-    def _owner(self, value: Any) -> str | None:
+
+def _count_flops(module: nn.Module, example_input: Tensor, book: _Book) -> int:
+    device = next((parameter.device for parameter in module.parameters()), example_input.device)
+    example = example_input[:1].to(device)
+    counter = FlopCounterMode(display=False)
+    with _undisturbed(module), counter, _Bookkeeper(counter, book):
+        module(example)
+    return counter.get_total_flops()
+
+
+def _count_flops_by_parameter(
+    module: nn.Module, masked: Mapping[str, Tensor], example_input: Tensor
+) -> tuple[int, dict[str, int | None]]:
+    """FLOPs of the whole network, and of the operations that read each of `masked`."""
+    spans = {name: _span(parameter) for name, parameter in masked.items()}
+    flops: dict[str, int | None] = dict.fromkeys(masked, 0)
+
+    def owner(value: Any) -> str | None:
         # By address: the operand is mostly a view (a transpose, a third of in_proj_weight), not the parameter itself.
         if not isinstance(value, Tensor):
             return None
         address = value.data_ptr()
-        return next((name for name, (start, end) in self.spans.items() if start <= address < end), None)
+        return next((name for name, (start, end) in spans.items() if start <= address < end), None)
 
+    def book(args: tuple[Any, ...], count: int) -> None:
+        name = next(filter(None, map(owner, args)), None)
+        if name is not None:
+            flops[name] = (flops[name] or 0) + count
 
-def _count_flops(
-    module: nn.Module, masked: Mapping[str, Tensor], example_input: Tensor
-) -> tuple[int, dict[str, int | None]]:
-    device = next((parameter.device for parameter in module.parameters()), example_input.device)
-    example = example_input[:1].to(device)
-    counter = FlopCounterMode(display=False)
-    by_parameter = _FlopsByParameter(counter, masked)
-    with _undisturbed(module), counter, by_parameter:
-        module(example)
-    return counter.get_total_flops(), dict(by_parameter.flops)
+    return _count_flops(module, example_input, book), flops
 
 
 @contextlib.contextmanager

@@ -1,0 +1,172 @@
+"""A sparse model soup whose ingredients are trained by runs of their own, side by side, and then averaged."""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+
+from sparsetrain import soups
+from sparsetrain.callbacks import SparseModelSoup
+from sparsetrain.cli import rounds
+from sparsetrain.cli.artifacts import MASKS, SUMMARY, git_state, of_stage, write_json, write_model
+from sparsetrain.cli.checkpoints import AtomicCheckpointIO
+from sparsetrain.cli.instantiate import instantiate
+from sparsetrain.cli.resume import CHECKPOINT, is_complete
+from sparsetrain.cli.train import compose, known_warnings, make_evaluator, make_parts
+
+
+def main() -> None:
+    """The program `sparsetrain-soup`."""
+    parser = argparse.ArgumentParser(
+        description="Train the ingredients of each round of a soup as jobs of a multirun, average them, and go on with "
+        "the soup. The command may be stopped and given again: what is finished is not made again, and what is not "
+        "goes on where it was."
+    )
+    parser.add_argument("folder", type=Path, help="of the soup")
+    parser.add_argument("overrides", nargs="*", help="as of train.py: +experiment=resnet20_soup launcher=joblib ...")
+    parser.add_argument("--retries", type=int, default=1, help="how often a job that has failed is begun again")
+    parser.add_argument("--without-dead", action="store_true", help="average those that are left, if some fail")
+    arguments = parser.parse_args()
+    try:
+        soup(arguments.folder, arguments.overrides, retries=arguments.retries, without_dead=arguments.without_dead)
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(f"\nerror: {error}")
+
+
+@known_warnings()
+def soup(folder: Path, overrides: Sequence[str], *, retries: int = 1, without_dead: bool = False) -> None:
+    """Make a soup in `folder`, or go on with it.
+
+    The folder is that of a run with the same settings, rounds/<r>/ingredients/<j>/ the run of ingredient j of round r.
+    On one device, and with loaders that have `reseed`, the soup is that of the one run, bit for bit. Averages are made
+    by this process, which recalibrates batch norm on the device that `trainer` names.
+
+    Args:
+        folder: is made.
+        overrides: Hydra overrides of the jobs; `method` is a `SparseModelSoup`.
+        retries: how often a job that has failed is begun again, from its last checkpoint.
+        without_dead: average the ingredients that are left, at least one, if some fail to the end.
+
+    Raises:
+        ValueError: another method, or one with `only`.
+        RuntimeError: an ingredient is dead.
+    """
+    folder = folder.absolute()
+    cfg = compose(*overrides, "trainer.max_epochs=-1", output_dir=folder)
+    method = instantiate(cfg.method)
+    if not rounds.makes_soups(method):
+        raise ValueError(
+            f"method={type(method).__name__} makes no soup, or one leg of one. Use method=soup with method.only=null, "
+            "or an experiment such as +experiment=digits_soup."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    module, datamodule, example_input = make_parts(cfg)
+    for number in method.numbers:
+        if not (folder / rounds.FOLDER / str(number) / rounds.FACTS).exists():
+            members = _train(folder, number, method, overrides, retries=retries, without_dead=without_dead)
+            trainer = make_evaluator(cfg, folder, datamodule, soups=number > 0, limit_test_batches=1)
+            _merge(members, number, trainer, module, datamodule)
+            print(f"Round {number}: {folder / rounds.FOLDER / str(number)}")
+    evaluator = make_evaluator(cfg, folder, datamodule, soups=True)
+    facts = rounds.evaluate(folder, evaluator, module, datamodule, example_input)
+    last = facts["rounds"][-1]
+    summary = {
+        "name": cfg.name,
+        "command": shlex.join(sys.argv),
+        "overrides": list(overrides),
+        "seed": cfg.seed,
+        "sparsity": last["sparsity"],
+        "val": of_stage(last, "val"),
+        "test": of_stage(last, "test"),
+        **facts,
+        "git": git_state(),
+    }
+    write_json(folder / SUMMARY, summary)
+
+
+def _train(
+    folder: Path, number: int, method: SparseModelSoup, overrides: Sequence[str], *, retries: int, without_dead: bool
+) -> list[Path]:
+    """The folders of the ingredients of a round, which are trained unless they are there whole."""
+    phase, before = folder / rounds.FOLDER / str(number), folder / rounds.FOLDER / str(number - 1) / CHECKPOINT
+    folders = {j: phase / rounds.INGREDIENTS / str(j) for j in range(method.ingredients if number else 1)}
+    for _ in range(1 + retries):
+        pending = [j for j in folders if not is_complete(folders[j])]
+        if pending:
+            jobs = ",".join(f"[{number},{j}]" for j in pending)
+            start = [f"ckpt_path={_quoted(before)}"] if before.exists() else []
+            place = [f"hydra.sweep.dir={_quoted(phase / rounds.INGREDIENTS)}", "hydra.sweep.subdir=${method.only.1}"]
+            own = [f"method.only={jobs}", "trainer.max_epochs=-1", "resume=true", *start, *place]
+            subprocess.run([sys.executable, "-m", "sparsetrain.cli.train", "-m", *overrides, *own], check=False)
+    alive = [path for path in folders.values() if is_complete(path)]
+    dead = [str(path) for path in folders.values() if path not in alive]
+    if dead and not (alive and without_dead):
+        raise RuntimeError(
+            f"Round {number} lacks {len(dead)} of {len(folders)} ingredients, tried {1 + retries} times: {dead}. What "
+            "went wrong stands above. Give the command again to go on with them, or --without-dead to go on without."
+        )
+    if dead:
+        print(f"Round {number} goes on without {dead}.")
+    return alive
+
+
+def _merge(
+    members: Sequence[Path],
+    number: int,
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule,
+) -> None:
+    """Write the round: its soup, masks and facts, and a checkpoint from which the ingredients of the next one start."""
+    phase = members[0].parent.parent
+    of_round = [path / rounds.FOLDER / str(number) for path in members]
+    checkpoints = [torch.load(path / CHECKPOINT, map_location="cpu", weights_only=True, mmap=True) for path in members]
+    for path, checkpoint in zip(members, checkpoints, strict=True):
+        steps = json.loads((path / SUMMARY).read_text())["steps"]
+        if checkpoint["global_step"] != steps:
+            raise ValueError(
+                f"{path / CHECKPOINT} is of step {checkpoint['global_step']}, and the run has {steps}. Let "
+                "callbacks.checkpoint save at the end of each epoch, as it does by default."
+            )
+    masks = [path / MASKS for path in of_round]
+    module.load_state_dict(soups.uniform([checkpoint["state_dict"] for checkpoint in checkpoints], masks))
+    if number:
+        trainer.test(module, datamodule=datamodule, verbose=False)  # as it starts, batch norm is recalibrated
+    state = {name: tensor.cpu().clone() for name, tensor in module.state_dict().items()}
+    AtomicCheckpointIO().save_checkpoint({**checkpoints[0], "state_dict": state}, phase / CHECKPOINT)
+    shutil.copyfile(masks[0], phase / MASKS)
+    write_model(phase, module)
+    write_json(phase / rounds.FACTS, _facts(number, of_round))  # last: a round that has it is whole
+
+
+def _facts(number: int, members: Sequence[Path]) -> dict[str, float]:
+    """Of a round that trained each of `members`, as if one after the other."""
+    of_members = [json.loads((path / rounds.FACTS).read_text()) for path in members]
+    before = members[0].parents[2] / str(number - 1) / rounds.FACTS
+    earlier = json.loads(before.read_text()) if before.exists() else {"first_step": 0, "steps": 0}
+    one = of_members[0]
+    per_epoch = (one["first_step"] + one["steps"]) / one["epochs_seen"]
+    first, steps = earlier["first_step"] + earlier["steps"], sum(facts["steps"] for facts in of_members)
+    return {
+        "number": number,
+        "first_step": first,
+        "steps": steps,
+        "epochs_seen": (first + steps) / per_epoch,
+        "examples": sum(facts["examples"] for facts in of_members),
+    }
+
+
+def _quoted(path: Path) -> str:
+    """As a value in Hydra's grammar."""
+    return "'" + str(path).replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,7 @@ from sparsetrain.callbacks import (
 )
 from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
 from sparsetrain.masks import Masks, Pruning, load_masks, prune, save_masks
-from sparsetrain.patterns import NM, TransposableNM, Unstructured
+from sparsetrain.patterns import NM, Channel, TransposableNM, Unstructured
 from sparsetrain.retrain import AdaptiveLR, CyclicLR, LastLR, LinearLR, ReplayLR, ScaledLR
 from sparsetrain.schedules import Constant, Cubic, Linear, OneShot
 from sparsetrain.selection import Selection, first_and_last
@@ -30,6 +30,7 @@ __all__ = [
     "NM",
     "AdaptiveLR",
     "BidirectionalWeightPruning",
+    "Channel",
     "Constant",
     "Cubic",
     "CyclicLR",

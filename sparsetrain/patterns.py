@@ -109,6 +109,49 @@ class TransposableNM(Pattern):
         return best_tiles(score, self.n, self.m)
 
 
+@dataclass(frozen=True)
+class Channel(Pattern):
+    """Whole output or input channels of [out, in, ...]; the best are those with the largest sum of scores.
+
+    With `Magnitude` the sum is the L1 norm of a channel's weights. The count is rounded to whole channels in each
+    tensor; of one that is to keep anything, a channel stays. In a transposed convolution axis 0 is the input.
+
+    Only weights are masked: a pruned output channel still emits its bias, or what batch norm makes of zeros, which a
+    network that is to become smaller has to account for; see `sparsetrain.export.shrink`. A pruned input channel is
+    not read at all, so that removing it never changes what the network computes.
+
+    Args:
+        axis: 0, output channels (filters), or 1, input channels.
+
+    Source: Li et al. 2017, arXiv:1608.08710, section 3: filters with the smallest L1 norms are pruned.
+    Differs: they choose a share for each layer and rank its filters; here the allocation gives each tensor its share,
+        and ranks single weights unless it is `Uniform` or `ERK`. They remove filters at once with their feature maps.
+
+    >>> Channel().mask(torch.tensor([[1.0, 1.0], [0.0, 3.0], [2.0, 0.0]]), kept=2).int()
+    tensor([[0, 0],
+            [1, 1],
+            [0, 0]], dtype=torch.int32)
+    """
+
+    axis: int = 0
+
+    def __post_init__(self) -> None:
+        if self.axis not in (0, 1):
+            raise ValueError(f"axis={self.axis} of Channel must be 0 (output channels) or 1 (input channels).")
+
+    def reachable(self, shape: torch.Size, kept: int) -> int:
+        if len(shape) < 2:
+            raise ValueError(f"{self} needs weights of at least 2 dimensions; got {tuple(shape)}. Add it to `exclude`.")
+        size = shape.numel() // shape[self.axis]
+        return max((kept + size // 2) // size, min(kept, 1)) * size
+
+    def mask(self, score: Tensor, kept: int, cut: float | None = None) -> Tensor:
+        others = [dim for dim in range(score.dim()) if dim != self.axis]
+        best = mask_largest(score.double().sum(others), kept * score.shape[self.axis] // score.numel())
+        rows = best.view([-1 if dim == self.axis else 1 for dim in range(score.dim())])
+        return torch.empty_like(score, dtype=torch.bool).copy_(rows)
+
+
 def _check_divisible(pattern: Pattern, shape: torch.Size, axes: tuple[int, ...], m: int) -> None:
     for axis in axes:
         if len(shape) < 2 or shape[axis] % m:

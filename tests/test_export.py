@@ -8,8 +8,7 @@ import torch
 from ops import slow
 from torch import nn
 
-from sparsetrain import export
-from sparsetrain.export import check_nm, to_semi_structured
+from sparsetrain.export import check_nm, nm, to_semi_structured
 from sparsetrain.ops import NMRule, convert, cusparselt, fold, unconvert
 
 REASON = cusparselt.probe()
@@ -103,7 +102,7 @@ def test_only_layers_that_torch_runs_on_the_kernels_are_compressed(monkeypatch):
         made.append(weight)
         return weight.clone()
 
-    monkeypatch.setattr(export, "to_sparse_semi_structured", compress)
+    monkeypatch.setattr(nm, "to_sparse_semi_structured", compress)
     model = Layers()
     weight = model.good.weight
     rows = {row.name.removesuffix(".weight"): row.reason for row in to_semi_structured(model)}
@@ -134,14 +133,14 @@ def test_a_compressed_weight_that_is_another_is_refused_and_the_model_left_alone
     fold(model)
     weights = [layer.weight for layer in model]
     shifts = iter((0, 1))
-    monkeypatch.setattr(export, "to_sparse_semi_structured", lambda weight: weight.roll(next(shifts)))
+    monkeypatch.setattr(nm, "to_sparse_semi_structured", lambda weight: weight.roll(next(shifts)))
     with pytest.raises(RuntimeError, match=r"The compressed '1.weight' is not the dense one.*Keep the model dense"):
         to_semi_structured(model)
 
     def refuse(weight):
         raise RuntimeError("not on this GPU")
 
-    monkeypatch.setattr(export, "to_sparse_semi_structured", refuse)
+    monkeypatch.setattr(nm, "to_sparse_semi_structured", refuse)
     with pytest.raises(RuntimeError, match=r"torch cannot run '0.weight' on 2:4 kernels here: not on this GPU"):
         to_semi_structured(model)
     assert all(layer.weight is weight for layer, weight in zip(model, weights, strict=True))

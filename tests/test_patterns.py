@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsetrain.allocation import ERK, LAMP, Global, Uniform
 from sparsetrain.masks import Masks, Pruning, prune
-from sparsetrain.patterns import NM, Pattern, TransposableNM, Unstructured
+from sparsetrain.patterns import NM, Channel, Pattern, TransposableNM, Unstructured
 from sparsetrain.selection import Selection
 from sparsetrain.transposable import tile_patterns
 
@@ -219,9 +219,53 @@ def test_nm_masks_are_nested_without_regrowing():
     assert all(torch.equal(masks[name], before[name]) for name in masks)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("shape", [(6, 4), (5, 6, 3, 3), (4, 3, 2)])
+def test_channels_are_kept_whole_by_the_sum_of_their_scores(axis, shape):
+    score = torch.randn(shape).add_(torch.arange(shape[axis]).view([-1 if d == axis else 1 for d in range(len(shape))]))
+    score = score[tuple(torch.randperm(n) for n in shape[:1])]
+    size = score.numel() // shape[axis]
+    sums = [float(score.select(axis, i).double().sum()) for i in range(shape[axis])]
+    for kept in range(score.numel() + 1):
+        count = Channel(axis).reachable(score.shape, kept)
+        possible = range(0 if kept == 0 else size, score.numel() + 1, size)
+        assert count in possible
+        assert abs(count - kept) == min(abs(other - kept) for other in possible)
+        mask = Channel(axis).mask(score, count)
+        best = sorted(range(shape[axis]), key=lambda i: -sums[i])[: count // size]
+        assert [bool(mask.select(axis, i).all()) for i in range(shape[axis])] == [i in best for i in range(shape[axis])]
+        assert int(mask.sum()) == count
+
+
+def test_filters_with_the_smallest_l1_norms_are_pruned_and_the_lower_of_equal_ones_is_kept():
+    module = nn.Linear(2, 4, bias=False)
+    with torch.no_grad():
+        module.weight.copy_(
+            torch.tensor([[2.0, -2.0], [0.0, 3.5], [1.0, 3.0], [-1.0, 0.0]])
+        )  # by L2, row 1 before row 0
+    assert prune(module, 0.5, Pruning(pattern=Channel()))["weight"].any(1).tolist() == [True, False, True, False]
+    assert Channel().mask(torch.ones(4, 2), 4).any(1).tolist() == [True, True, False, False]
+
+
+def test_channels_stay_nested_and_no_tensor_is_emptied():
+    module = mlp()
+    masks = bound(Channel(), module)
+    for sparsity in (0.3, 0.6, 0.9, 0.98):
+        before = {name: mask.clone() for name, mask in masks.items()}
+        masks.update(sparsity)
+        masks.apply_()
+        for name, mask in masks.items():
+            assert not (mask & ~before[name]).any()
+            assert torch.equal(mask.any(1), mask.all(1))
+            assert mask.any()
+            module.get_parameter(name).data.add_(torch.randn(mask.shape), alpha=0.1)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Channel(2), r"axis=2 of Channel must be 0 \(output channels\) or 1"),
+        (lambda: Channel().reachable(torch.Size((8,)), 4), r"Channel\(axis=0\) needs weights of at least 2 dimensions"),
         (lambda: NM(4, 4), r"n=4 of m=4 must satisfy 1 <= n < m"),
         (lambda: NM(0, 4), r"n=0 of m=4"),
         (lambda: NM(2, 4, axis=2), r"axis=2 of NM must be 1 \(the input dimension\) or 0"),

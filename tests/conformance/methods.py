@@ -13,6 +13,7 @@ from sparsetrain import (
     ERK,
     LAMP,
     BidirectionalWeightPruning,
+    Channel,
     Cubic,
     FixedMasks,
     Global,
@@ -25,6 +26,7 @@ from sparsetrain import (
     Pruning,
     Random,
     Saliency,
+    Selection,
     SparseModelSoup,
     SparsityCallback,
     StraightThroughNM,
@@ -57,6 +59,10 @@ class Method:
     many_rounds: bool = False
 
 
+# Without the convolution: a pruned filter emits its batch norm's shift, and where that falls below 0 the ReLU behind it
+# keeps the filter at zero in all training, also in training without the method.
+WHOLE = Pruning(Selection(exclude=("body.0.weight",)), allocation=Uniform(), pattern=Channel())
+CHANNELS = 1 - (3 * 64 + 16) / 1072  # leaves 3 of 16 rows and 1 of 3 of `TinyModule`
 RAMP = Cubic(0.8, begin="0.1run", end="0.7run", every="2it")
 
 
@@ -105,6 +111,7 @@ METHODS = (
     Method("movement_erk", gradual(Pruning(criterion=Movement(), allocation=ERK())), 0.8),
     Method("one_shot_lamp", gradual(Pruning(allocation=LAMP()), OneShot(0.9, at="0.4run")), 0.9),
     Method("random_floor", gradual(Pruning(criterion=Random(5), allocation=Global(floor=8))), 0.8),
+    Method("channels", gradual(WHOLE, OneShot(CHANNELS, at="0.4run")), CHANNELS),
     Method("fixed", fixed, 0.7),
     Method("rounds", rounds(2, "1ep"), 0.8, many_rounds=True),
     Method(

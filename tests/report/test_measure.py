@@ -2,12 +2,14 @@ import dataclasses
 import json
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsetrain.models import LeNet300100, resnet20, timm_model
-from sparsetrain.report import Report, measure
+from sparsetrain.report import Report, cost, measure
 
 
 def masks_of(module, density, *, names=None):
@@ -111,6 +113,65 @@ def test_a_vision_transformers_flops_are_the_formula():
     tokens, width, blocks = 5, 192, 12
     block = tokens * 12 * width * width + 2 * tokens * tokens * width
     assert report.dense_flops == 2 * (4 * 3 * 16 * 16 * width + blocks * block + width * 10)
+
+
+def products(module, example):
+    """FLOPs of one example, layer by layer, from the weights and what the layers put out: 2 for each product."""
+    found = {}
+
+    def note(name, layer):
+        def hook(_, __, output):
+            places = output[0].numel() // output.shape[1 if isinstance(layer, nn.Conv2d) else -1]
+            found[name] = found.get(name, 0) + 2 * layer.weight.numel() * places
+
+        return hook
+
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.register_forward_hook(note(name, layer))
+    with torch.no_grad():
+        module.eval()(example[:1])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "attention"),
+    [
+        (lambda: resnet20(shortcut="B"), 16, 0),
+        (lambda: LeNet300100((3, 8, 8)), 8, 0),
+        (lambda: timm_model("resnet18", num_classes=10), 32, 0),
+        (lambda: timm.create_model("vgg11_bn", num_classes=10, mlp_ratio=1 / 64), 32, 0),
+        (
+            lambda: timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=32, depth=2),
+            32,
+            2 * 2 * 5 * 5 * 192,
+        ),
+    ],
+    ids=["resnet20", "LeNet", "resnet18", "vgg11_bn", "vit_tiny"],
+)
+def test_the_cost_of_each_layer_is_that_of_its_products_and_adds_up_to_torchs_count(make, size, attention):
+    network, example = make().eval(), torch.randn(2, 3, size, size)
+    found = cost(network, example)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(example[:1])
+    assert sum(found.values()) == counter.get_total_flops() == measure(network, {}, example).dense_flops
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in network.modules())
+    expected = products(network, example)
+    if attention:  # of queries with keys, and of what comes out with values
+        expected |= {f"blocks.{i}.attn": attention for i in range(2)}
+    assert found == expected
+
+
+def test_the_cost_of_a_product_outside_of_any_child_is_its_modules():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, x):
+            return self.layers[0](self.layers[1](x)) @ self.layers[0].weight
+
+    assert cost(Mixed(), torch.ones(3, 4)) == {"layers.1": 32, "layers.0": 32, "": 32}
 
 
 def test_weights_used_twice_or_through_functional_count_every_use():

@@ -1,4 +1,4 @@
-"""What a trained network may be given to: which layers hold an N:M pattern, and 2:4 weights for sparse kernels."""
+"""Which layers hold an N:M pattern, and 2:4 weights for sparse kernels."""
 
 from dataclasses import dataclass
 from typing import Literal

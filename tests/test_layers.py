@@ -20,7 +20,7 @@ LAYERS = {
         ),
         0,
     ),
-    **dict.fromkeys(("masks", "stats", "snapshot", "tickets"), 1),
+    **dict.fromkeys(("masks", "stats", "snapshot", "tickets", "gates", "polarization"), 1),
     **dict.fromkeys(("ops", "report", "soups", "export"), 2),
     **dict.fromkeys(("models", "data"), 3),
     "callbacks": 4,
@@ -45,6 +45,7 @@ OPTIONAL = {
     "sklearn": ({"data"}, "function"),
     "scipy": ({"report"}, "function"),
     "triton": ({"ops"}, "top"),
+    "torch_pruning": ({"export"}, "function"),
 }
 
 

@@ -6,6 +6,7 @@ from sparsetrain.callbacks.gradual import GradualMagnitudePruning
 from sparsetrain.callbacks.iterative import IterativeMagnitudePruning
 from sparsetrain.callbacks.lottery import LotteryTicketRewinding
 from sparsetrain.callbacks.nm import BidirectionalWeightPruning, StraightThroughNM
+from sparsetrain.callbacks.penalty import GroupLasso, L1Penalty, LinearWeight, Penalty
 from sparsetrain.callbacks.resume import ExactResume
 from sparsetrain.callbacks.soup import SparseModelSoup
 from sparsetrain.callbacks.vary import Vary
@@ -15,8 +16,12 @@ __all__ = [
     "ExactResume",
     "FixedMasks",
     "GradualMagnitudePruning",
+    "GroupLasso",
     "IterativeMagnitudePruning",
+    "L1Penalty",
+    "LinearWeight",
     "LotteryTicketRewinding",
+    "Penalty",
     "SparseModelSoup",
     "SparsityCallback",
     "StraightThroughNM",

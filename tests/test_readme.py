@@ -81,6 +81,8 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
         ("kernel_speed/kernel_tables", "tables", KERNEL_RESULTS, "kernel_speed/README.md"),
         ("kills", "table", ["kills/results/kills.json"], "kills/README.md"),
         ("kills", "table", ["kills/results/rounds.json"], "kills/README.md"),
+        ("soup/averaging", "table", ["soup/results/averaging.json"], "soup/README.md"),
+        ("sweep", "table", ["sweep/results/sweep.json"], "sweep/README.md"),
         ("peers", "tables", ["peers/results/peers.json", "overhead/results/overhead.json"], "peers/README.md"),
     ],
 )

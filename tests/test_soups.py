@@ -88,6 +88,22 @@ def test_pruned_places_become_positive_zero_without_masks_too():
     assert soup["b"].signbit().tolist() == [True]  # a bias is not pruned
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_masks_make_positive_zeros_and_leave_the_bits_of_kept_weights_in_every_type(dtype):
+    state = {"w": torch.tensor([[-0.0, -2.0, 3.0]], dtype=dtype)}
+    soup = uniform([state] * 3, [{"w": torch.tensor([[True, False, True]])}] * 3)
+    assert bits(soup["w"]) == bits(torch.tensor([[-0.0, 0.0, 3.0]], dtype=dtype))
+    assert state["w"][0, 1] == -2.0
+
+
+def test_masks_may_lie_in_memory_otherwise_than_their_weights():
+    state = {"w": torch.randn(4, 3, 2, 2)}
+    mask = torch.rand(4, 3, 2, 2) < 0.5
+    masks = [{"w": mask}, {"w": mask.to(memory_format=torch.channels_last)}]
+    for given in (masks, masks[::-1]):
+        assert torch.equal(uniform([state] * 2, given)["w"], state["w"] * mask)
+
+
 def test_a_kept_weight_that_is_zero_by_chance_is_no_pruned_one_where_masks_are_given(tmp_path):
     one, other = {"w": torch.tensor([[0.0, 0.0, 4.0]])}, {"w": torch.tensor([[2.0, 0.0, 4.0]])}
     masks = {"w": torch.tensor([[True, False, True]])}

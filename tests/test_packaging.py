@@ -59,6 +59,8 @@ def test_the_core_needs_torch_lightning_and_safetensors_and_the_rest_are_extras(
     found = requirements(wheel)
     assert found[""] == {"torch", "lightning", "safetensors"}
     assert {"torchmetrics", "torchvision", "timm", "hydra-core", "omegaconf", "wandb", "scikit-learn"} <= found["train"]
+    assert found["joblib"] == {"hydra-joblib-launcher"}
+    assert found["submitit"] == {"hydra-submitit-launcher"}
     assert {"wandb", "dev"} <= found.keys()
 
 

@@ -143,13 +143,14 @@ def _merge(
     AtomicCheckpointIO().save_checkpoint({**checkpoints[0], "state_dict": state}, phase / CHECKPOINT)
     shutil.copyfile(masks[0], phase / MASKS)
     write_model(phase, module)
-    write_json(phase / rounds.FACTS, _facts(number, of_round))  # last: a round that has it is whole
+    write_json(phase / rounds.FACTS, _facts(phase, of_round))  # last: a round that has it is whole
 
 
-def _facts(number: int, members: Sequence[Path]) -> dict[str, float]:
+def _facts(phase: Path, members: Sequence[Path]) -> dict[str, float]:
     """Of a round that trained each of `members`, as if one after the other."""
     of_members = [json.loads((path / rounds.FACTS).read_text()) for path in members]
-    before = members[0].parents[2] / str(number - 1) / rounds.FACTS
+    number = int(phase.name)
+    before = phase.with_name(str(number - 1)) / rounds.FACTS
     earlier = json.loads(before.read_text()) if before.exists() else {"first_step": 0, "steps": 0}
     one = of_members[0]
     per_epoch = (one["first_step"] + one["steps"]) / one["epochs_seen"]

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 from conformance.harness import TinyModule, loaders, make_trainer
 
-from sparsetrain import GradualMagnitudePruning, IterativeMagnitudePruning, SparsityCallback
+from sparsetrain import GradualMagnitudePruning, IterativeMagnitudePruning, SparseModelSoup, SparsityCallback
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
@@ -41,7 +41,11 @@ def run_block(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict
 @pytest.mark.parametrize(
     ("block", "method", "sparsity"),
     # The first one's run has 5 steps an epoch here, so "every 50 steps" leaves its first and its last update.
-    [(BLOCKS[0], GradualMagnitudePruning, 0.9), (BLOCKS[1], IterativeMagnitudePruning, 0.8)],
+    [
+        (BLOCKS[0], GradualMagnitudePruning, 0.9),
+        (BLOCKS[1], IterativeMagnitudePruning, 0.8),
+        (BLOCKS[2], SparseModelSoup, 0.9),
+    ],
 )
 def test_the_blocks_that_train_prune_a_module_they_have_never_seen(tmp_path, monkeypatch, block, method, sparsity):
     pruning = run_block(block, tmp_path, monkeypatch)["pruning"]
@@ -52,7 +56,7 @@ def test_the_blocks_that_train_prune_a_module_they_have_never_seen(tmp_path, mon
 
 def test_the_method_written_in_the_readme_alternates_and_ends_sparse() -> None:
     names: dict[str, object] = {}
-    exec(BLOCKS[2], names)
+    exec(BLOCKS[3], names)
     method = names["AlternatingCompression"](0.75, "1ep", warmup="1ep", finish="14it")
     assert isinstance(method, SparsityCallback)
     make_trainer(method).fit(TinyModule(), **loaders())
@@ -81,6 +85,9 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
         ("kernel_speed/kernel_tables", "tables", KERNEL_RESULTS, "kernel_speed/README.md"),
         ("kills", "table", ["kills/results/kills.json"], "kills/README.md"),
         ("kills", "table", ["kills/results/rounds.json"], "kills/README.md"),
+        ("soup/accuracy", "table", ["soup/results/digits.json"], "soup/README.md"),
+        ("soup/accuracy", "rounds_table", ["soup/results/digits.json"], "soup/README.md"),
+        ("soup/accuracy", "summary_table", ["soup/results/digits.json"], "../README.md"),
         ("soup/averaging", "table", ["soup/results/averaging.json"], "soup/README.md"),
         ("sweep", "table", ["sweep/results/sweep.json"], "sweep/README.md"),
         ("peers", "tables", ["peers/results/peers.json", "overhead/results/overhead.json"], "peers/README.md"),

@@ -22,6 +22,7 @@ RESULTS = HERE / "results"
 SEEDS = (1, 2, 3, 4, 5)
 DENSE, SOUP, ONE, LONGER, EQUAL = "dense", "soup of 3", "one network", "one, 3 times longer", "dense, 3 times longer"
 MEAN, BEST = "mean of its ingredients", "best ingredient on val"
+COMPARED = (MEAN, BEST, ONE, LONGER)
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,8 @@ def measure(name: str, workers: int) -> None:
 
 def table(results: Mapping[str, Any]) -> str:
     """The networks of the last round: accuracy over the seeds, and what the soup is above them."""
-    found = by_arm(results, [*TASKS[results["task"]].arms])
+    found, lines = networks(results), []
     soup = found[SOUP]
-    found[MEAN] = [ingredients_of(run, lambda each: sum(test for test, _ in each) / len(each)) for run in soup]
-    found[BEST] = [ingredients_of(run, lambda each: max(each, key=lambda one: one[1])[0]) for run in soup]
-    lines = []
     for arm in (DENSE, EQUAL, SOUP, MEAN, BEST, ONE, LONGER):
         if arm in found:
             accuracy = t_interval([run["test_accuracy"] for run in found[arm]])
@@ -117,6 +115,16 @@ def table(results: Mapping[str, Any]) -> str:
             lines.append((arm, f"{found[arm][0]['sparsity']:.1%}", measured, len(found[arm]), *less))
     header = ("network", "sparsity", "test accuracy", "seeds", "soup less this, points", "95 % interval")
     return f"{markdown_table(header, lines)}\n\n{origin(results)}"
+
+
+def summary_table(*results: Mapping[str, Any]) -> str:
+    """What the soups of the last round are above other networks, in points with 95 % intervals; one line per task."""
+    lines = []
+    for one in results:
+        found = networks(one)
+        against = [" ".join(in_points(difference(found[SOUP], found[arm]))) for arm in COMPARED if arm in found]
+        lines.append((TASKS[one["task"]].title, len(found[SOUP]), *against, *[""] * (len(COMPARED) - len(against))))
+    return markdown_table(("soup of 3 at 90 %, less ...", "seeds", *COMPARED), lines)
 
 
 def rounds_table(results: Mapping[str, Any]) -> str:
@@ -136,6 +144,14 @@ def rounds_table(results: Mapping[str, Any]) -> str:
         )
     header = ("round", "sparsity", "ingredients", "soup less their mean, points", "95 % interval", "distance")
     return markdown_table(header, lines)
+
+
+def networks(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The records of each arm, and such of the ingredients of the last round: of their mean, and of the best."""
+    found = by_arm(results, [*TASKS[results["task"]].arms])
+    found[MEAN] = [ingredients_of(run, lambda each: sum(test for test, _ in each) / len(each)) for run in found[SOUP]]
+    found[BEST] = [ingredients_of(run, lambda each: max(each, key=lambda one: one[1])[0]) for run in found[SOUP]]
+    return found
 
 
 def ingredients_of(run: Mapping[str, Any], take: Callable[[list[tuple[float, float]]], float]) -> dict[str, Any]:
@@ -161,14 +177,14 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
 
 def report() -> None:
-    """Write the tables of each task that has results, and the picture of the last one."""
-    for name in TASKS:
-        path = RESULTS / f"{name}.json"
-        if path.exists():
-            results = json.loads(path.read_text())
-            write_between(HERE / "README.md", name, table(results))
-            write_between(HERE / "README.md", f"{name}-rounds", rounds_table(results))
-            draw(results, HERE / f"{name}.png")
+    """Write the tables of each task that has results, and draw its picture."""
+    every = [json.loads(path.read_text()) for path in (RESULTS / f"{name}.json" for name in TASKS) if path.exists()]
+    for results in every:
+        name = results["task"]
+        write_between(HERE / "README.md", name, table(results))
+        write_between(HERE / "README.md", f"{name}-rounds", rounds_table(results))
+        draw(results, HERE / f"{name}.png")
+    write_between(HERE.parents[1] / "README.md", "soup", summary_table(*every))
 
 
 def main() -> None:

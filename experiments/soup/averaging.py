@@ -7,7 +7,8 @@
 Run it on a machine that does nothing else. Reading, which the ratios are of, is that of all files, one after the other,
 by unbuffered `readinto` in stretches as long as those of `soups.uniform`, to their places in one buffer as large as a
 file, which is allocated, and written to, before. For comparison the same is done into a buffer as large as a stretch,
-which stays in the processor's cache. The page cache is warm: a first repetition is not counted.
+which stays in the processor's cache, and each file is loaded with safetensors' `load_file`, which maps it, and its
+tensors are copied. The page cache is warm: a first repetition is not counted.
 """
 
 import argparse
@@ -27,17 +28,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsetrain import load_masks, prune, save_masks, soups
 from sparsetrain.cli.artifacts import git_state
+from sparsetrain.cli.grid import write_between
 from sparsetrain.models.timm import timm_model
 from sparsetrain.report import markdown_table
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "averaging.json", HERE / "README.md"
-BEGIN, END = "<!-- averaging:begin -->", "<!-- averaging:end -->"
 
 MODEL, QUICK_MODEL = "resnet50", "resnet10t"
 SPARSITY, MEMBERS, REPETITIONS = 0.9, 8, 9
@@ -49,6 +50,11 @@ WORDS: dict[Case, str] = {
     "mappings": "`soups.uniform`, masks in memory, a copy for each member",
     "files": "`soups.uniform`, mask files, one for each member",
     "none": "`soups.uniform`, no masks: the zeros are compared",
+}
+FOR_COMPARISON = {
+    "read": "reading",
+    "read_into_cache": "reading into a buffer that stays in the cache",
+    "load": "`load_file`, tensors copied",
 }
 
 
@@ -89,6 +95,13 @@ def read(paths: Sequence[Path], buffer: memoryview) -> None:
                 place = (place + size) % len(buffer)
 
 
+def load(paths: Sequence[Path]) -> None:
+    """Load whole files, one after the other, with tensors of their own."""
+    for path in paths:
+        for tensor in load_file(path).values():
+            tensor.clone()
+
+
 def average(folder: Path, case: Case) -> Callable[[], dict[str, Tensor]]:
     """What averages the members; masks that it is given in memory are there before."""
     members = [_member(folder, number) for number in range(MEMBERS)]
@@ -109,6 +122,7 @@ def measure_seconds(folder: Path, repetitions: int) -> dict[str, list[float]]:
     ways: dict[str, Callable[[], object]] = {
         "read": lambda: read(members, whole),
         "read_into_cache": lambda: read(members, stretch),
+        "load": lambda: load(members),
         **{case: average(folder, case) for case in WORDS},
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -178,9 +192,8 @@ def cpu_name() -> str:
 def table(results: Mapping[str, Any]) -> str:
     """Time and memory of each way, beside those of reading, and what they were measured with."""
     seconds, size = results["seconds"], results["file_bytes"]
-    words = {"read": "reading", "read_into_cache": "reading into a buffer that stays in the cache", **WORDS}
     lines = []
-    for name, described in words.items():
+    for name, described in (FOR_COMPARISON | WORDS).items():
         bars, memory = ("", ""), ""
         if name in WORDS:
             bars, memory = (f"<= {BAR:g}", f"<= {MEMORY_BAR:g}"), f"{results['peak_bytes'][name] / size:.2f}"
@@ -215,8 +228,7 @@ def main() -> None:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(measure(quick=False), indent=1) + "\n")
     results = json.loads(RESULTS.read_text())
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
+    write_between(README, "averaging", table(results))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def take_up(cfg: DictConfig, folder: Path) -> dict[str, float] | None:
     """
     metrics, checkpoint = _final_metrics(folder), folder / CHECKPOINT
     if metrics is not None or checkpoint.is_file():
-        _check_same(cfg, folder)
+        check_same(cfg, folder)
     if metrics is None and checkpoint.is_file():
         cfg.ckpt_path = str(checkpoint)
     return metrics
@@ -38,6 +38,27 @@ def take_up(cfg: DictConfig, folder: Path) -> dict[str, float] | None:
 def is_complete(folder: Path) -> bool:
     """Whether the folder holds a run that has trained and tested to its end."""
     return _final_metrics(folder) is not None
+
+
+def check_same(cfg: DictConfig, folder: Path) -> None:
+    """Compare the configuration of a run with that in its folder.
+
+    In a sweep that is repeated with other values, job 0 would else take up, or pass for, another run.
+
+    Raises:
+        ValueError: they differ in what is trained.
+    """
+    earlier = OmegaConf.load(folder / CONFIG)
+    asked = OmegaConf.merge(cfg, {"data": earlier.data})  # the facts that cfg lacks until the dataset is made
+    there, here = _values(earlier), _values(OmegaConf.create(OmegaConf.to_yaml(asked, resolve=True)))
+    different = [name for name in there.keys() | here.keys() if there.get(name) != here.get(name)]
+    if different:
+        name = min(different, key=lambda name: (name.count("."), name))  # `seed` rather than what refers to it
+        more = f" (and {len(different) - 1} more)" if different[1:] else ""
+        raise ValueError(
+            f"{folder} holds a run with {name}={there.get(name)}, which cannot go on with "
+            f"{name}={here.get(name)}{more}. Give the run its own settings, or another folder."
+        )
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:
@@ -56,21 +77,6 @@ def _final_metrics(folder: Path) -> dict[str, float] | None:
         return None  # training has ended, and the test has not
     of_stages = {f"{stage}/{name}": value for stage in ("val", "test") for name, value in summary[stage].items()}
     return {**of_stages, **summary["optimized"]}
-
-
-def _check_same(cfg: DictConfig, folder: Path) -> None:
-    """In a sweep that is repeated with other values, job 0 would else take up, or pass for, another run."""
-    earlier = OmegaConf.load(folder / CONFIG)
-    asked = OmegaConf.merge(cfg, {"data": earlier.data})  # the facts that cfg lacks until the dataset is made
-    there, here = _values(earlier), _values(OmegaConf.create(OmegaConf.to_yaml(asked, resolve=True)))
-    different = [name for name in there.keys() | here.keys() if there.get(name) != here.get(name)]
-    if different:
-        name = min(different, key=lambda name: (name.count("."), name))  # `seed` rather than what refers to it
-        more = f" (and {len(different) - 1} more)" if different[1:] else ""
-        raise ValueError(
-            f"{folder} holds a run with {name}={there.get(name)}, which resume=true cannot go on with "
-            f"{name}={here.get(name)}{more}. Give the run its own settings, another folder, or resume=false."
-        )
 
 
 def _values(cfg: Any) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import torch
 from sparsetrain import soups
 from sparsetrain.callbacks import SparseModelSoup
 from sparsetrain.cli import rounds
-from sparsetrain.cli.artifacts import MASKS, SUMMARY, git_state, of_stage, write_json, write_model
+from sparsetrain.cli.artifacts import CONFIG, MASKS, SUMMARY, git_state, of_stage, write_json, write_model
 from sparsetrain.cli.checkpoints import AtomicCheckpointIO
 from sparsetrain.cli.instantiate import instantiate
-from sparsetrain.cli.resume import CHECKPOINT, is_complete
+from sparsetrain.cli.resume import CHECKPOINT, check_same, is_complete, write_config
 from sparsetrain.cli.train import compose, known_warnings, make_evaluator, make_parts
 
 
@@ -55,7 +55,7 @@ def soup(folder: Path, overrides: Sequence[str], *, retries: int = 1, without_de
         without_dead: average the ingredients that are left, at least one, if some fail to the end.
 
     Raises:
-        ValueError: another method, or one with `only`.
+        ValueError: another method, one with `only`, or a folder that holds something else.
         RuntimeError: an ingredient is dead.
     """
     folder = folder.absolute()
@@ -68,6 +68,9 @@ def soup(folder: Path, overrides: Sequence[str], *, retries: int = 1, without_de
         )
     folder.mkdir(parents=True, exist_ok=True)
     module, datamodule, example_input = make_parts(cfg)
+    if (folder / CONFIG).exists():
+        check_same(cfg, folder)
+    write_config(cfg, folder)
     for number in method.numbers:
         if not (folder / rounds.FOLDER / str(number) / rounds.FACTS).exists():
             members = _train(folder, number, method, overrides, retries=retries, without_dead=without_dead)

@@ -191,7 +191,7 @@ def test_a_run_whose_summary_is_not_whole_goes_on_from_its_checkpoint(
 
 def test_a_folder_that_holds_another_run_is_refused_and_named(tmp_path: Path) -> None:
     train(compose(*RUN, "resume=true", output_dir=tmp_path))
-    with pytest.raises(ValueError, match=r"seed=1, which resume=true cannot go on with seed=2 \(and 1 more\)"):
+    with pytest.raises(ValueError, match=r"seed=1, which cannot go on with seed=2 \(and 1 more\)"):
         train(compose(*RUN, "resume=true", "seed=2", output_dir=tmp_path))
     (tmp_path / "summary.json").unlink()  # it had not ended
     with pytest.raises(ValueError, match=r"method\.schedule\.final=0\.75, .*=0\.5"):

@@ -132,6 +132,8 @@ def test_what_is_finished_is_not_made_again_and_what_died_is_tried_again(
     command.soup(folder, SOUP)
     assert jobs.trained == [(1, 1), (1, 1), (2, 0), (2, 1)]
     same_rounds(whole, folder)
+    with pytest.raises(ValueError, match=r"holds a run with method.sparsity=0.75, which cannot go on with .*=0.5"):
+        command.soup(folder, (*SOUP, "method.sparsity=0.5"))
     jobs.trained.clear()
     shutil.rmtree(folder / "rounds" / "2")
     command.soup(folder, SOUP)

@@ -97,10 +97,9 @@ def facts(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measure(name: str, workers: int) -> None:
-    """Make the runs that results/NAME.json does not hold: the dense networks first, as the others start from them."""
+    """Make the runs that results/NAME.json does not hold: first the dense networks, from which the others start."""
     grid = TASKS[name].grid(name)
-    for arm in grid.arms:
-        grid.measure([(arm, seed) for seed in SEEDS], workers)
+    grid.measure([(arm, seed) for arm in grid.arms for seed in SEEDS], min(workers, len(SEEDS)))
 
 
 def table(results: Mapping[str, Any]) -> str:

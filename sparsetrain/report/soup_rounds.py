@@ -104,7 +104,7 @@ def draw_soups(path: Path | str, rounds: Sequence[SoupRound], *, dense: float | 
     axes.plot(places, soups, "D-", color=_SOUP, linewidth=1.5, markersize=6, label="soup")
     axes.set(ylabel="test accuracy", xlim=(places[0] - 0.5, places[-1] + 0.5))
     axes.set_xticks(places, [f"round {row.number}\nsparsity {row.sparsity:.1%}" for row in rounds])
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=1))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", alpha=0.3, linewidth=0.6)
     axes.spines[["right", "top"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)

@@ -73,11 +73,14 @@ def test_metadata_names_the_licence_and_the_python_versions(wheel: Path) -> None
     assert (fields["License-Expression"] or fields["License"]) == "Apache-2.0"
 
 
-def test_the_wheel_has_the_console_script(wheel: Path) -> None:
+def test_the_wheel_has_the_console_scripts(wheel: Path) -> None:
     (entry_points,) = wheel.glob("*.dist-info/entry_points.txt")
     parsed = configparser.ConfigParser()
     parsed.read(entry_points)
-    assert dict(parsed["console_scripts"]) == {"sparsetrain-train": "sparsetrain.cli.train:main"}
+    assert dict(parsed["console_scripts"]) == {
+        "sparsetrain-train": "sparsetrain.cli.train:main",
+        "sparsetrain-soup": "sparsetrain.cli.soup:main",
+    }
 
 
 def test_the_wheel_has_every_configuration_and_the_type_marker_and_nothing_but_the_package(wheel: Path) -> None:

@@ -85,6 +85,7 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
         ("kernel_speed/kernel_tables", "tables", KERNEL_RESULTS, "kernel_speed/README.md"),
         ("kills", "table", ["kills/results/kills.json"], "kills/README.md"),
         ("kills", "table", ["kills/results/rounds.json"], "kills/README.md"),
+        ("kills", "table", ["kills/results/soup.json"], "kills/README.md"),
         ("soup/accuracy", "table", ["soup/results/digits.json"], "soup/README.md"),
         ("soup/accuracy", "rounds_table", ["soup/results/digits.json"], "soup/README.md"),
         ("soup/accuracy", "summary_table", ["soup/results/digits.json"], "../README.md"),

@@ -1,8 +1,9 @@
 """Kill training runs with SIGKILL at random moments, resume them, and compare their ends with uninterrupted runs'.
 
-    python experiments/kills/kills.py             # both subjects; writes results/*.json and the tables in README.md
+    python experiments/kills/kills.py             # all subjects; writes results/*.json and the tables in README.md
     python experiments/kills/kills.py gradual     # 30 kills of a run of gradual pruning
     python experiments/kills/kills.py rounds      # 20 kills of a run of many rounds, some while a round begins
+    python experiments/kills/kills.py soup        # 20 kills of a run of a sparse soup, some while one is formed
     python experiments/kills/kills.py --report    # the tables only, from results/*.json
 
 Each run is a process of its own, forked from one that has imported everything.
@@ -20,9 +21,9 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from functools import partial
 from importlib import metadata
@@ -36,11 +37,18 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor, nn
 
-from sparsetrain import Cubic, ExactResume, GradualMagnitudePruning, IterativeMagnitudePruning, SparsityCallback
+from sparsetrain import (
+    Cubic,
+    ExactResume,
+    GradualMagnitudePruning,
+    IterativeMagnitudePruning,
+    SparseModelSoup,
+    SparsityCallback,
+)
 from sparsetrain.cli.artifacts import git_state
 from sparsetrain.cli.checkpoints import AtomicCheckpointIO
 from sparsetrain.data import Digits
-from sparsetrain.models import Classifier, Cosine, LeNet300100
+from sparsetrain.models import CifarResNet, Classifier, Cosine, LeNet300100
 from sparsetrain.report import markdown_table
 
 HERE = Path(__file__).parent
@@ -48,7 +56,8 @@ README = HERE / "README.md"
 
 RUN_SEED, STEPS_PER_EPOCH, SAVE_EVERY = 11, 16, 3
 PATIENCE_S = 120.0  # a run takes a few seconds
-BETWEEN_S, PRUNING_S = 0.03, 0.008  # about how long these moments last
+# About how long these moments last.
+LASTS_S = {"between": 0.03, "pruning": 0.008, "averaging": 0.005, "recalibration": 0.012, "write": 0.002}
 EPOCH_MEANS = ("train/accuracy", "train/top5")
 WRITERS = ("atomic", "lightning")
 PRELOADED = ("lightning", "sparsetrain.models", "sparsetrain.data", "sklearn.datasets", "sparsetrain.cli.checkpoints")
@@ -62,19 +71,25 @@ class Subject:
 
     Args:
         method: makes the callback that prunes.
+        network: makes the network, of images of `Digits`.
         epochs: how long it is.
-        changes: the numbers of steps after which a new round begins.
         moments: when runs are killed, in turn for a pair of runs, one with each writer; see `Kill`.
         count: how many runs are killed.
         results: the file that the outcomes are written to.
+        changes: the numbers of steps after which the next round begins or, of a soup, the next ingredient of a round.
+        soups: those after which a soup is formed.
+        words: the changes of `Outcome` -> where such kills fell, as the report says it.
     """
 
     method: Callable[[], SparsityCallback]
+    network: Callable[[], nn.Module]
     epochs: int
-    changes: tuple[int, ...]
     moments: tuple[str, ...]
     count: int
     results: Path
+    changes: tuple[int, ...] = ()
+    soups: tuple[int, ...] = ()
+    words: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def steps(self) -> int:
@@ -92,11 +107,42 @@ def _rounds() -> SparsityCallback:
     )
 
 
+def _soup() -> SparsityCallback:
+    return SparseModelSoup(3, "1ep", sparsity=0.9, ingredients=3)
+
+
+_lenet = partial(LeNet300100, Digits.input_shape)
+_resnet = partial(CifarResNet, 8, in_channels=1, width=4)  # it has batch norm
+
 SUBJECTS = {
-    "gradual": Subject(_gradual, 5, (), ("any", "write"), 30, HERE / "results" / "kills.json"),
+    "gradual": Subject(_gradual, _lenet, 5, ("any", "write"), 30, HERE / "results" / "kills.json"),
     # A dense phase of 3 epochs, then 3 rounds of 2.
     "rounds": Subject(
-        _rounds, 9, (48, 80, 112), ("any", "write", "between", "pruning"), 20, HERE / "results" / "rounds.json"
+        _rounds,
+        _lenet,
+        9,
+        ("any", "write", "between", "pruning"),
+        20,
+        HERE / "results" / "rounds.json",
+        changes=(48, 80, 112),
+        words={"between": "between two rounds", "pruning": "into the pruning and rewinding of a round"},
+    ),
+    # A dense phase of an epoch, then 3 rounds of 3 ingredients, each an epoch.
+    "soup": Subject(
+        _soup,
+        _resnet,
+        10,
+        ("any", "write", "between", "averaging", "recalibration"),
+        20,
+        HERE / "results" / "soup.json",
+        changes=(32, 48, 80, 96, 128, 144),
+        soups=(64, 112, 160),
+        words={
+            "between": "between two ingredients",
+            "pruning": "into the way back from an ingredient to the pruned network",
+            "averaging": "into the averaging of a soup",
+            "recalibration": "into the recalibration of its batch norm",
+        },
     ),
 }
 
@@ -109,10 +155,11 @@ class Kill:
         seed: of the two last; see `draw`.
         writer: how checkpoints are written: "atomic" as `train.py` does it, one file that is replaced; "lightning" as
             a Trainer does it by itself, a new file each time and a copy called last.ckpt.
-        moment: "any"; "write", as the next checkpoint is written; "between", after the last step of a round;
-            "pruning", as the next round prunes and rewinds, before its first step.
-        after_step: the number of steps after which the clock starts, in [1, steps of the run).
-        delay_s: seconds from then, or from the beginning of the write or of the round, to the signal.
+        moment: "any"; "write", as the next checkpoint is written; "between", after the last step of a round or of an
+            ingredient that another one follows; "pruning", as the next round prunes and rewinds, before its first
+            step; "averaging", after the last step before a soup; "recalibration", as its batch norm is recalibrated.
+        after_step: the number of steps after which the clock starts, in [1, steps of the run].
+        delay_s: seconds from then, or from the beginning of the write, round or recalibration, to the signal.
     """
 
     seed: int
@@ -130,8 +177,9 @@ class Outcome:
         kill: the plan.
         wall_s: seconds from the first step to the signal.
         step_reached: optimizer steps in the journal of the killed run.
-        change: where it fell at a change of rounds: "between" the last step of one and the pruning for the next, or
-            in the "pruning" and rewinding; None elsewhere.
+        change: where it fell at a change of rounds or ingredients: "between" the last step of one and the pruning for
+            the next, or in the "pruning" and rewinding; where it fell as a soup was formed: in the "averaging" or the
+            "recalibration"; None elsewhere.
         unfinished: files that the kill left half written.
         checkpoint: the newest complete checkpoint; None if there was none yet, and the run began anew.
         checkpoint_step: the step it was saved at.
@@ -149,16 +197,26 @@ class Outcome:
 
 
 class Journal(L.Callback):
-    """Appends to a file what each step and validation came to, a line for each, and where each round begins."""
+    """Appends to a file a line for each step and validation with what it came to, and one where each change begins."""
 
-    def __init__(self, path: Path, pruning: SparsityCallback, changes: tuple[int, ...]) -> None:
-        self.file, self.pruning, self.changes = path.open("ab", buffering=0), pruning, changes
+    def __init__(self, path: Path, pruning: SparsityCallback, subject: Subject) -> None:
+        self.file, self.pruning, self.subject = path.open("ab", buffering=0), pruning, subject
+        self.forms_soup = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        def note_recalibration(*_: Any) -> None:
+            if self.forms_soup:
+                self._write_change(trainer, "recalibration")
+
+        pl_module.register_forward_pre_hook(note_recalibration)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._write_change(trainer, "pruning")  # the method's turn is after this callback's
+        if trainer.global_step in self.subject.changes:
+            self._write_change(trainer, "pruning")  # the method's turn is after this callback's
 
     def on_before_zero_grad(self, trainer: L.Trainer, *_: Any) -> None:
-        self._write_change(trainer, "begun")
+        if trainer.global_step in self.subject.changes:
+            self._write_change(trainer, "begun")
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
         self._write(
@@ -168,21 +226,26 @@ class Journal(L.Callback):
             lr=trainer.optimizers[0].param_groups[0]["lr"],
             sparsity=self.pruning.masks.sparsity(),
         )
+        self.forms_soup = trainer.global_step in self.subject.soups  # the method's turn is next
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.forms_soup:
+            self._write_change(trainer, "soup")
+        self.forms_soup = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = {name: float(trainer.callback_metrics[name]) for name in ("val/loss", "val/accuracy")}
         self._write(kind="validation", step=trainer.global_step, **metrics)
 
     def _write_change(self, trainer: L.Trainer, kind: str) -> None:
-        if trainer.global_step in self.changes:
-            self._write(kind=kind, step=trainer.global_step, sparsity=self.pruning.masks.sparsity())
+        self._write(kind=kind, step=trainer.global_step, sparsity=self.pruning.masks.sparsity())
 
     def _write(self, **entry: Any) -> None:
         self.file.write(json.dumps(entry).encode() + b"\n")
 
 
 def train(name: str, folder: Path, writer: str, scratch: Path, checkpoint: Path | None) -> None:
-    """LeNet-300-100 with dropout on shifted digits, to 90 % sparsity; the same run in whichever process.
+    """The subject's network with dropout on shifted digits, to 90 % sparsity; the same run in whichever process.
 
     Args:
         name: of the subject.
@@ -196,15 +259,15 @@ def train(name: str, folder: Path, writer: str, scratch: Path, checkpoint: Path 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     L.seed_everything(RUN_SEED, verbose=False)
+    subject = SUBJECTS[name]
     module = Classifier(
-        nn.Sequential(nn.Dropout(0.1), LeNet300100((1, 8, 8))),
+        nn.Sequential(nn.Dropout(0.1), subject.network()),
         optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4),
         lr_policy=Cosine(warmup="8it"),
         num_classes=Digits.num_classes,
     )
-    subject = SUBJECTS[name]
     pruning = subject.method()
-    journal = Journal(folder / JOURNAL, pruning, subject.changes)
+    journal = Journal(folder / JOURNAL, pruning, subject)
     trainer = L.Trainer(
         max_epochs=subject.epochs,
         accelerator="cpu",
@@ -234,12 +297,12 @@ def _checkpoint_callbacks(folder: Path, writer: str) -> list[L.Callback]:
 def draw(name: str, seed: int, writer: str, moment: str, *, step_s: float) -> Kill:
     """A random time at `moment` of subject `name`; `step_s` is how long a step takes, in seconds."""
     stream, subject = random.Random(seed), SUBJECTS[name]
-    if moment in ("between", "pruning"):
-        after_step = subject.changes[seed % len(subject.changes)]
-    else:
+    if moment in ("any", "write"):
         after_step = stream.randrange(1, subject.steps)
-    longest_s = {"any": step_s, "write": 0.002, "between": BETWEEN_S, "pruning": PRUNING_S}[moment]
-    return Kill(seed, writer, moment, after_step, stream.uniform(0.0, longest_s))
+    else:
+        steps = subject.changes if moment in ("between", "pruning") else subject.soups
+        after_step = steps[seed % len(steps)]
+    return Kill(seed, writer, moment, after_step, stream.uniform(0.0, LASTS_S.get(moment, step_s)))
 
 
 def kill_and_resume(name: str, kill: Kill, reference: Path, root: Path) -> Outcome | None:
@@ -265,12 +328,13 @@ def kill_and_resume(name: str, kill: Kill, reference: Path, root: Path) -> Outco
     step = 0 if saved is None else saved["global_step"]
     (folder / JOURNAL).rename(folder / f"killed-{JOURNAL}")
     run(name, folder, kill.writer, checkpoint)
+    epochs = SUBJECTS[name].epochs
     differences = [
         *_journal_differences(_read_journal(reference), killed, _read_journal(folder), step),
-        *state_differences(_end(reference), _end(folder)),
+        *state_differences(_end(reference, epochs), _end(folder, epochs)),
     ]
     resumed_from = None if checkpoint is None else checkpoint.name
-    change = _change(killed, SUBJECTS[name].changes)
+    change = _change(killed, SUBJECTS[name])
     return Outcome(kill, wall_s, _steps(killed), change, unfinished, resumed_from, step, differences)
 
 
@@ -293,8 +357,7 @@ def uninterrupted(name: str, root: Path, writer: str) -> Path:
 
 def newest_complete(folder: Path) -> Path | None:
     """The checkpoint that a user would resume from: the newest file that loads."""
-    files = sorted((folder / CHECKPOINTS).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    return next((path for path in files if _load(path) is not None), None)
+    return next((path for path in _newest_first(folder) if _load(path) is not None), None)
 
 
 def state_differences(one: Any, other: Any, path: str = "") -> list[str]:
@@ -338,8 +401,8 @@ def _kill_when_due(process: BaseProcess, kill: Kill, folder: Path, scratch: Path
     if not _wait(lambda: _steps(_read_journal(folder)) >= kill.after_step, alive, pause_s=0.0005):
         return None
     # Without a pause: what is waited for takes a few milliseconds.
-    if kill.moment == "pruning":
-        if not _wait(lambda: ("pruning", kill.after_step) in _read_journal(folder), alive, pause_s=0.0):
+    if kill.moment in ("pruning", "recalibration"):
+        if not _wait(lambda: (kill.moment, kill.after_step) in _read_journal(folder), alive, pause_s=0.0):
             return None
     elif kill.moment == "write":
         temporary = checkpoints / ".last.ckpt.tmp"
@@ -376,15 +439,20 @@ def _load(path: Path) -> dict[str, Any] | None:
     return checkpoint
 
 
-def _end(folder: Path) -> dict[str, Any]:
+def _newest_first(folder: Path) -> list[Path]:
+    """The checkpoints, whole or not."""
+    return sorted((folder / CHECKPOINTS).glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+
+
+def _end(folder: Path, epochs: int) -> dict[str, Any]:
     """All that a run leaves: its final state, and its last checkpoint but for what is exempt.
 
-    That is the paths of other checkpoints, and the training metrics averaged over the (interrupted) epoch.
+    That is the paths of other checkpoints, and the training metrics averaged over the (interrupted) epoch. Where
+    `save_last` is set, a ModelCheckpoint that has saved nothing in its process saves once more as training ends, with
+    all `epochs` counted, which is a moment that the uninterrupted run does not save at; such a file is passed over.
     """
-    path = newest_complete(folder)
-    assert path is not None
-    checkpoint = _load(path)
-    assert checkpoint is not None
+    states = (_load(path) for path in _newest_first(folder))
+    checkpoint = next(state for state in states if state is not None and state["epoch"] < epochs)
     callbacks = {name: s for name, s in checkpoint["callbacks"].items() if not name.startswith("ModelCheckpoint")}
     for name in EPOCH_MEANS:
         del callbacks["ExactResume"]["metrics"][name]
@@ -409,12 +477,14 @@ def _journal_differences(whole: Entries, killed: Entries, resumed: Entries, step
     return [f"journal: {kind} {number}" for kind, number in (*wrong, *missing)]
 
 
-def _change(killed: Entries, changes: tuple[int, ...]) -> str | None:
+def _change(killed: Entries, subject: Subject) -> str | None:
     """See `Outcome`."""
     step = _steps(killed)
-    if step not in changes or ("begun", step) in killed:
-        return None
-    return "pruning" if ("pruning", step) in killed else "between"
+    if step in subject.soups and ("soup", step) not in killed:
+        return "recalibration" if ("recalibration", step) in killed else "averaging"
+    if step in subject.changes and ("begun", step) not in killed:
+        return "pruning" if ("pruning", step) in killed else "between"
+    return None
 
 
 def _steps(entries: Entries) -> int:
@@ -494,7 +564,7 @@ def _seconds_per_step(folder: Path, steps: int) -> float:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A row for each kill; those of a run of rounds say where they fell at a change."""
+    """A row for each kill; those of a run of rounds or of a soup say where they fell at a change."""
     kills = results["kills"]
     header = ["seed", "writer", "killed after s", "at step", "half-written files left", "resumed from", "identical"]
     rows = [
@@ -511,7 +581,7 @@ def table(results: dict[str, Any]) -> str:
     ]
     changes = [kill.get("change") for kill in kills]
     if any(changes):
-        header.insert(4, "change of rounds")
+        header.insert(4, "change")
         for row, change in zip(rows, changes, strict=True):
             row.insert(4, change or "-")
     return markdown_table(header, rows)
@@ -523,7 +593,7 @@ def write_report(name: str) -> bool:
     kills = results["kills"]
     identical, in_write = (sum(kill[key] for kill in kills) for key in ("identical", "during_write"))
     where = [f"{in_write} of the kills fell into the writing of a checkpoint"]
-    for change, words in (("between", "between two rounds"), ("pruning", "into the pruning and rewinding of a round")):
+    for change, words in SUBJECTS[name].words.items():
         fell = sum(kill.get("change") == change for kill in kills)
         where += [f"{fell} {words}"] if fell else []
     facts = ", ".join(f"{package} {version}" for package, version in results["versions"].items())

@@ -7,26 +7,19 @@ python experiments/nm_accuracy/nm_accuracy.py --report    # only the tables of r
 
 import argparse
 import json
-import logging
-import multiprocessing
 from collections.abc import Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from sparsetrain.cli.train import compose, train
-from sparsetrain.report import markdown_table, paired, t_interval
+from sparsetrain.cli.grid import Grid, by_arm, difference, in_points, origin, write_between
+from sparsetrain.report import markdown_table, t_interval
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-RUNS = Path("runs/nm_accuracy")
 SEEDS = (1, 2, 3, 4, 5)
 BDWP, STRAIGHT = "method=bdwp", "method=straight_through"
-BARRED = "BDWP 2:4"
+DENSE, BARRED = "dense", "BDWP 2:4"
 
 
 @dataclass(frozen=True)
@@ -45,13 +38,17 @@ class Task:
     arms: Mapping[str, tuple[str, ...]]
     bar: str
 
+    def grid(self, name: str) -> Grid:
+        """All of its runs."""
+        return Grid(name, self.recipe, self.arms, Path("runs/nm_accuracy") / name, RESULTS / f"{name}.json")
+
 
 TASKS = {
     "digits": Task(
         "LeNet-300-100, digits",
         ("+experiment=digits_dense",),
         {
-            "dense": (),
+            DENSE: (),
             BARRED: (BDWP,),
             "BDWP 1:4": (BDWP, "method.n=1"),
             "STE 2:4": (STRAIGHT, "method.decay=0.0"),
@@ -72,7 +69,7 @@ TASKS = {
             "module.channels_last=true",
         ),
         {
-            "dense": (),
+            DENSE: (),
             BARRED: (BDWP,),
             "SR-STE 2:4": (STRAIGHT,),
             "STE 2:4": (STRAIGHT, "method.decay=0.0"),
@@ -83,102 +80,45 @@ TASKS = {
 }
 
 
-def run(name: str, arm: str, seed: int) -> dict[str, Any]:
-    """The summary of a run, which is made, or gone on with, unless its folder holds it whole."""
-    task, folder = TASKS[name], RUNS / name / f"{arm.replace(' ', '-').replace(':', '')}-{seed}"
-    path, last = folder / "summary.json", folder / "checkpoints" / "last.ckpt"
-    summary: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    if "wall_time_s" not in summary:
-        quiet = ("trainer=cpu", "trainer.enable_progress_bar=false", f"seed={seed}")
-        resumed = (f"ckpt_path={last}",) if last.exists() else ()
-        train(compose(*quiet, *task.recipe, *task.arms[arm], *resumed, output_dir=folder))
-        summary = json.loads(path.read_text())
-    return summary
-
-
 def measure(name: str, workers: int) -> None:
-    """Make the runs that results/NAME.json does not hold, several at a time, and write it after each."""
-    task, path = TASKS[name], RESULTS / f"{name}.json"
-    results: dict[str, Any] = {"task": name, "recipe": [*task.recipe], "runs": []}
-    if path.exists():
-        results = json.loads(path.read_text())
-    if results["recipe"] != [*task.recipe]:
-        raise SystemExit(f"{path} is of another recipe: {results['recipe']}. Remove it to begin again.")
-    made = {(one["arm"], one["seed"]) for one in results["runs"]}
-    first, others = [*task.arms][:2], [*task.arms][2:]
-    wanted = [(arm, seed) for arms in (first, others) for seed in SEEDS for arm in arms]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
-        pending = {pool.submit(run, name, *job): job for job in wanted if job not in made}
-        for done in as_completed(pending):
-            (arm, seed), summary = pending[done], done.result()
-            facts = {key: summary[key] for key in ("sparsity", "device", "versions", "git")}
-            accuracy = {"test_accuracy": summary["test"]["accuracy"]}
-            results["runs"].append({"arm": arm, "seed": seed} | accuracy | {"date": date.today().isoformat()} | facts)
-            path.write_text(json.dumps(results, indent=1) + "\n")
-
-
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    """Make the runs that results/NAME.json does not hold: the arm that has a bar and its control first."""
+    grid = TASKS[name].grid(name)
+    first, others = [*grid.arms][:2], [*grid.arms][2:]
+    grid.measure([(arm, seed) for arms in (first, others) for seed in SEEDS for arm in arms], workers)
 
 
 def table(results: Mapping[str, Any]) -> str:
     """Accuracy of each arm over its seeds, and its difference from dense over those that both have."""
-    lines = []
-    for arm, runs in _by_arm(results).items():
+    task, lines = TASKS[results["task"]], []
+    found = by_arm(results, [*task.arms])
+    for arm, runs in found.items():
         every = t_interval([one["test_accuracy"] for one in runs])
-        difference = _difference(results, arm) if arm != "dense" else ("", "")
-        bar = TASKS[results["task"]].bar if arm == BARRED else ""
+        less = ("", "") if arm == DENSE else in_points(difference(runs, found[DENSE]))
+        bar = task.bar if arm == BARRED else ""
         sparsity, accuracy = f"{runs[0]['sparsity']:.1%}", f"{every.mean:.2%} +- {every.std:.2%}"
-        lines.append((arm, sparsity, accuracy, len(runs), *difference, bar))
+        lines.append((arm, sparsity, accuracy, len(runs), *less, bar))
     header = ("method", "sparsity", "test accuracy", "seeds", "less dense, points", "95 % interval", "bar")
-    return f"{markdown_table(header, lines)}\n\n{_facts(results)}"
+    return f"{markdown_table(header, lines)}\n\n{origin(results)}"
 
 
 def summary_table(*results: Mapping[str, Any]) -> str:
-    """The arms that have a bar."""
+    """The arm that has a bar, of each task that has enough runs of it and of its control."""
     lines = []
     for one in results:
-        task, runs = TASKS[one["task"]], _by_arm(one)[BARRED]
-        lines.append((BARRED, task.title, len(runs), *_difference(one, BARRED), task.bar))
+        task, found = TASKS[one["task"]], by_arm(one, [DENSE, BARRED])
+        if len(found) == 2:
+            less = in_points(difference(found[BARRED], found[DENSE]))
+            lines.append((BARRED, task.title, len(found[BARRED]), *less, task.bar))
     header = ("method", "task", "seeds", "less dense, points", "95 % interval", "bar")
     return markdown_table(header, lines)
-
-
-def _difference(results: Mapping[str, Any], arm: str) -> tuple[str, str]:
-    """Mean difference from dense over the seeds that both have, in points, and its interval."""
-    values, dense = ({one["seed"]: one["test_accuracy"] for one in _by_arm(results)[name]} for name in (arm, "dense"))
-    found = paired([values[seed] - dense[seed] for seed in sorted(values.keys() & dense.keys())])
-    return f"{100 * found.mean:+.2f}", f"[{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
-
-
-def _by_arm(results: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The runs of each arm of which two or more have ended."""
-    arms = TASKS[results["task"]].arms
-    by_arm = {arm: [one for one in results["runs"] if one["arm"] == arm] for arm in arms}
-    return {arm: runs for arm, runs in by_arm.items() if len(runs) > 1}
-
-
-def _facts(results: Mapping[str, Any]) -> str:
-    runs = results["runs"]
-    commits = sorted({one["git"]["commit"][:10] if one["git"] else "none" for one in runs})
-    dates = sorted({one["date"] for one in runs})
-    software = sorted({", ".join(f"{name} {version}" for name, version in one["versions"].items()) for one in runs})
-    return f"CPU, 1 thread a run; {'; '.join(software)}; {', '.join(dates)}, commit {', '.join(commits)}."
 
 
 def report() -> None:
     """Write the table of each task that has results into this folder's README, the summary into the project's."""
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     for one in results:
-        _write(HERE / "README.md", one["task"], table(one))
-    _write(HERE.parents[1] / "README.md", "nm", summary_table(*results))
-
-
-def _write(readme: Path, name: str, body: str) -> None:
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, _, rest = readme.read_text().partition(begin)
-    readme.write_text(f"{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}")
+        write_between(HERE / "README.md", one["task"], table(one))
+    write_between(HERE.parents[1] / "README.md", "nm", summary_table(*results))
 
 
 def main() -> None:

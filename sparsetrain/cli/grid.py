@@ -43,6 +43,9 @@ class Grid:
     def measure(self, wanted: Sequence[tuple[str, int]], workers: int) -> None:
         """Make the runs (arm, seed) that have no record yet, several at a time, each on one thread, in that order.
 
+        If one fails, those beside it are still ended and recorded, and then its error is raised; a later call goes on
+        with it and the others.
+
         Raises:
             ValueError: the results are of another recipe.
         """
@@ -52,14 +55,21 @@ class Grid:
         if results["recipe"] != [*self.recipe]:
             raise ValueError(f"{self.results} is of the recipe {results['recipe']}. Remove it to begin again.")
         made = {(one["arm"], one["seed"]) for one in results["runs"]}
+        failed = None
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
             pending = {pool.submit(_run, *self._job(*job)): job for job in wanted if job not in made}
             for done in as_completed(pending):
+                if done.cancelled() or done.exception() is not None:
+                    failed = failed or done
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    continue
                 (arm, seed), summary = pending[done], done.result()
                 record = {"arm": arm, "seed": seed, "test_accuracy": summary["test"]["accuracy"]}
                 of_run = {key: summary[key] for key in _FACTS}
                 results["runs"].append({**record, "date": date.today().isoformat(), **self.facts(summary), **of_run})
                 self.results.write_text(json.dumps(results, indent=1) + "\n")
+        if failed is not None:
+            failed.result()
 
     def _job(self, arm: str, seed: int) -> tuple[tuple[str, ...], Path]:
         overrides = [*self.recipe, *self.arms[arm], "seed={seed}"]

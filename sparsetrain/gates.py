@@ -54,6 +54,7 @@ class Gates(nn.Module, ABC):
         self.count, self.name, self.axis = count, name, axis
         self.last_logits: Tensor | None = None
         self._open: Tensor | None = None
+        self._size = 1
         self._handles: list[RemovableHandle] = []
 
     @abstractmethod
@@ -66,8 +67,19 @@ class Gates(nn.Module, ABC):
             handle.remove()
         self._handles.clear()
 
-    def attach_channels(self, layer: nn.Module, *, after: nn.Module | None, before: nn.Module | None) -> None:
-        """Multiply what `after` returns or `before` is given, by channel; the gates look at the input of `layer`."""
+    def attach_channels(
+        self, layer: nn.Module, *, after: nn.Module | None, before: nn.Module | None, size: int = 1
+    ) -> None:
+        """Multiply what `after` returns or `before` is given, by channel; the gates look at the input of `layer`.
+
+        Args:
+            layer: the gated one.
+            after: the output of this one is multiplied,
+            before: or the input of this one.
+            size: how many features of `before`, one after the other, each gate multiplies: a convolution's channels
+                may be read flattened, and a head is several features.
+        """
+        self._size = size
         self._handles.append(layer.register_forward_pre_hook(self._look))
         if after is not None:
             self._handles.append(after.register_forward_hook(self._multiply_output))
@@ -90,12 +102,13 @@ class Gates(nn.Module, ABC):
         self._open = binarize(self.last_logits)
 
     def _multiply_output(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor:
-        return self._gated(output)
+        return self._gated(output, self.axis)
 
     def _multiply_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (self._gated(inputs[0] if inputs else None), *inputs[1:])
+        axis = -1 if isinstance(module, nn.Linear) else self.axis
+        return (self._gated(inputs[0] if inputs else None, axis, self._size), *inputs[1:])
 
-    def _gated(self, channels: Any) -> Tensor:
+    def _gated(self, channels: Any, axis: int, size: int = 1) -> Tensor:
         gates, self._open = self._open, None
         if gates is None:
             raise ValueError(
@@ -103,13 +116,15 @@ class Gates(nn.Module, ABC):
                 "one that runs once, after that layer, in `after` or `before`."
             )
         shape = tuple(channels.shape) if isinstance(channels, Tensor) else ()
-        if len(shape) < 1 - self.axis or shape[self.axis] != self.count:
+        if len(shape) < 1 - axis or shape[axis] != self.count * size:
             raise ValueError(
                 f"{self.count} gates of {self.name!r} do not fit a tensor of shape {shape}, whose channels should be "
-                f"at {self.axis}. Name another module in `after` or `before`."
+                f"at {axis}. Name another module in `after` or `before`."
             )
+        if size > 1:
+            gates = gates.repeat_interleave(size, dim=1)
         view = [1] * len(shape)
-        view[0], view[self.axis] = -1, self.count
+        view[0], view[axis] = -1, shape[axis]
         gated: Tensor = channels * gates.view(view).to(channels.dtype)
         return gated
 
@@ -220,7 +235,8 @@ def wrap_channels(
         layer: name of the gated layer, whose input the gates look at.
         after: name of the module whose output is multiplied; None: the layer itself, unless `before` is given.
         before: name of the module whose input is multiplied instead. Either has as many channels as the layer, on the
-            same axis, and runs once after each run of the layer.
+            same axis, and runs once after each run of the layer. A linear layer may read a convolution's channels
+            flattened, one after the other.
         hidden: hidden units of the gates' network, at least 1; None: static gates, one free logit each.
         open_logit: the logits at the start, above 0: all gates begin open.
         generator: for initial weights; None: torch's global one.
@@ -246,7 +262,8 @@ def wrap_channels(
     reader = None if before is None else _find(module, before)
     maker = None if reader is not None else owner if after is None else _find(module, after)
     gates = _add(owner, count, layer, axis, features, hidden, open_logit, generator)
-    gates.attach_channels(owner, after=maker, before=reader)
+    size = reader.in_features // count if isinstance(owner, _ConvNd) and isinstance(reader, nn.Linear) else 1
+    gates.attach_channels(owner, after=maker, before=reader, size=size)
     return gates
 
 

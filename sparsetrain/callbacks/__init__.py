@@ -7,6 +7,7 @@ from sparsetrain.callbacks.iterative import IterativeMagnitudePruning
 from sparsetrain.callbacks.lottery import LotteryTicketRewinding
 from sparsetrain.callbacks.nm import BidirectionalWeightPruning, StraightThroughNM
 from sparsetrain.callbacks.penalty import GroupLasso, L1Penalty, LinearWeight, Penalty
+from sparsetrain.callbacks.polarization import PolarizationGating
 from sparsetrain.callbacks.resume import ExactResume
 from sparsetrain.callbacks.soup import SparseModelSoup
 from sparsetrain.callbacks.vary import Vary
@@ -22,6 +23,7 @@ __all__ = [
     "LinearWeight",
     "LotteryTicketRewinding",
     "Penalty",
+    "PolarizationGating",
     "SparseModelSoup",
     "SparsityCallback",
     "StraightThroughNM",

@@ -1,7 +1,8 @@
 """Batch norm's statistics anew, from the training data as the module sees it."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -44,7 +45,8 @@ def recalibrate(trainer: L.Trainer, pl_module: L.LightningModule, loaders: list[
             f"Batch norm is recalibrated with the batches of one training loader; there are {len(loaders)}. Give one."
         )
     with isolate_rng(), trainer.precision_plugin.forward_context():
-        soups.recalibrate(pl_module, _inputs(trainer, pl_module, loaders[0], seed), images=MOST_IMAGES)
+        fifth = islice(inputs_of(trainer, pl_module, fresh(loaders[0], seed)), -(-len(loaders[0]) // 5))
+        soups.recalibrate(pl_module, fifth, images=MOST_IMAGES)
     if trainer.world_size > 1:
         trainer.strategy.broadcast(Snapshot.of(pl_module)).restore_(pl_module)
 
@@ -66,10 +68,13 @@ class Recalibration(L.Callback):
     on_test_start = on_validation_start
 
 
-def _inputs(trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, seed: int) -> Iterator[Tensor]:
-    for number, batch in enumerate(_fresh(loader, seed)):
-        if number * 5 >= len(loader):
-            return
+def inputs_of(trainer: L.Trainer, pl_module: L.LightningModule, batches: Iterable[Any]) -> Iterator[Tensor]:
+    """The first part of each batch, or a batch that is a tensor, on the module's device.
+
+    Raises:
+        ValueError: a batch that does not begin with a tensor.
+    """
+    for batch in batches:
         batch = pl_module.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
@@ -81,8 +86,13 @@ def _inputs(trainer: L.Trainer, pl_module: L.LightningModule, loader: Any, seed:
         yield inputs
 
 
-def _fresh(loader: Any, seed: int) -> Iterator[Any]:
-    """An iteration that leaves the loader as it is."""
+def fresh(loader: Any, seed: int) -> Iterator[Any]:
+    """An iteration that leaves the loader as it is.
+
+    Args:
+        loader: of batches.
+        seed: of the order and augmentation of a loader that has `fresh`.
+    """
     if hasattr(loader, "fresh"):
         yield from loader.fresh(seed)
         return

@@ -38,9 +38,9 @@ class SparseModelSoup(IterativeMagnitudePruning):
         vary: how they differ.
         dense_length: of the dense phase; None takes `round_length`, "0it" starts from the module's weights as given.
         retrain: the learning rate of each leg; see `sparsetrain.retrain`.
-        only: (round, ingredient), each counted as here: the run ends with this leg and leaves its network, for soups
-            whose ingredients are trained by runs of their own (`sparsetrain-soup`). (0, 0) is the dense phase. A later
-            round than the first needs a checkpoint of the soup before it as ckpt_path.
+        only: (round, ingredient) of the one leg to train, rounds from 1 and ingredients from 0, for soups whose
+            ingredients are trained by runs of their own (`sparsetrain-soup`); (0, 0) is the dense phase. The network is
+            left as trained. Any leg but the first needs a checkpoint of what comes before it as ckpt_path.
         pruning, check: as in `IterativeMagnitudePruning`.
 
     Attributes:

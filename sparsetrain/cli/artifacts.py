@@ -63,6 +63,7 @@ class Artifacts(L.Callback):
             "epochs": trainer.current_epoch,
             "val": of_stage(trainer.callback_metrics, "val"),
             **report.to_dict(),
+            "training_flops": _training_flops(trainer, report.dense_flops),
             "device": _device(trainer),
             "versions": _versions(),
             "git": git_state(),
@@ -142,6 +143,17 @@ def _versions() -> dict[str, str]:
         "lightning": L.__version__,
         "python": platform.python_version(),
     }
+
+
+def _training_flops(trainer: L.Trainer, flops: int | None) -> int | None:
+    """FLOPs of all forward passes and, twice as many, of all backward ones; each batch is counted as a full one.
+
+    Zeros are counted as other weights: nothing skips them by itself.
+    """
+    size: int | None = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    if flops is None or size is None:
+        return None
+    return 3 * flops * trainer.fit_loop.epoch_loop.batch_progress.total.completed * size * trainer.world_size
 
 
 def _device(trainer: L.Trainer) -> dict[str, Any]:

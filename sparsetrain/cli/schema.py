@@ -21,6 +21,7 @@ from sparsetrain.callbacks import (
     GradualMagnitudePruning,
     IterativeMagnitudePruning,
     LotteryTicketRewinding,
+    PolarizationGating,
     SparseModelSoup,
     StraightThroughNM,
 )
@@ -38,6 +39,7 @@ SCHEMAS: Mapping[str, Mapping[str, type]] = {
         "soup": SparseModelSoup,
         "bdwp": BidirectionalWeightPruning,
         "straight_through": StraightThroughNM,
+        "polarize": PolarizationGating,
     },
     "schedule": {"constant": Constant, "one_shot": OneShot, "linear": Linear, "cubic": Cubic},
     "criterion": {"magnitude": Magnitude, "random": Random, "saliency": Saliency, "movement": Movement},

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from sparsetrain.callbacks import ExactResume, IterativeMagnitudePruning, SparsityCallback
 from sparsetrain.callbacks.recalibration import Recalibration, recalibration_seed
-from sparsetrain.cli import artifacts, launchers, metrics, resume, rounds, schema
+from sparsetrain.cli import artifacts, launchers, metrics, resume, rounds, schema, shrunk
 from sparsetrain.cli.checkpoints import AtomicCheckpointIO
 from sparsetrain.cli.instantiate import instantiate
 from sparsetrain.cli.interrupt import CheckpointOnSignal
@@ -128,6 +128,11 @@ def _train(cfg: DictConfig) -> float:
         if isinstance(method, IterativeMagnitudePruning) and cfg.method.get("only") is None:
             evaluator = make_evaluator(cfg, folder, datamodule, soups=rounds.makes_soups(method))
             facts = rounds.evaluate(folder, evaluator, module, datamodule, example_input)
+            if trainer.is_global_zero:
+                artifacts.add_to_summary(folder, **facts)
+        if method is not None and shrunk.cuts_off(method):
+            evaluator = make_evaluator(cfg, folder, datamodule, soups=False)
+            facts = shrunk.write_and_test(folder, evaluator, module, datamodule, example_input, method)
             if trainer.is_global_zero:
                 artifacts.add_to_summary(folder, **facts)
         if trainer.is_global_zero:

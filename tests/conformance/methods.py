@@ -23,6 +23,7 @@ from sparsetrain import (
     LotteryTicketRewinding,
     Movement,
     OneShot,
+    PolarizationGating,
     Pruning,
     Random,
     Saliency,
@@ -35,6 +36,7 @@ from sparsetrain import (
     Vary,
     prune,
 )
+from sparsetrain.callbacks import LinearWeight
 from sparsetrain.snapshot import Snapshot
 
 
@@ -49,6 +51,7 @@ class Method:
         regrow: whether pruned weights may come back.
         converts: whether it changes layers, so that what copies the module must come after it.
         many_rounds: whether it refuses what mixes the weights of different rounds.
+        gated_until: the step before which gates take part in what the network computes.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Method:
     regrow: bool = False
     converts: bool = False
     many_rounds: bool = False
+    gated_until: int = 0
 
 
 # Without the convolution: a pruned filter emits its batch norm's shift, and where that falls below 0 the ReLU behind it
@@ -105,6 +109,22 @@ def n_of_m(method: Callable[..., SparsityCallback], *numbers: int, **choices: An
     return lambda check="full": method(*numbers, **choices)  # masks are functions of the weights: nothing to check
 
 
+def polarization(**settings: str) -> PolarizationGating:
+    # Static gates, and quick ones: all close before the extraction, of which the budget closes half. Those that look at
+    # the input would be undecided after so few steps, and warned of.
+    return PolarizationGating(
+        sparsity=0.3,
+        extract_at=8,
+        polarization=LinearWeight(1.0, 0, 6),
+        budget=LinearWeight(10.0, 0, 4),
+        gate_lr=0.5,
+        hidden=None,
+        input_shape=(1, 4, 4),
+        where=Selection(include=("body.5.weight",)),
+        **settings,
+    )
+
+
 METHODS = (
     Method("gradual", gradual(Pruning()), 0.8),
     Method("saliency_uniform", gradual(Pruning(criterion=Saliency(), allocation=Uniform())), 0.8),
@@ -124,6 +144,7 @@ METHODS = (
     Method("lottery", lottery, 0.8, many_rounds=True),
     Method("ticket", ticket, 0.7, many_rounds=True),
     Method("soup", soup, 0.8, many_rounds=True),
+    Method("polarization", polarization, 0.5, gated_until=8),
     Method("bidirectional", n_of_m(BidirectionalWeightPruning, decay=1e-2), 0.5, regrow=True, converts=True),
     Method("straight_through", n_of_m(StraightThroughNM, 1, 4, decay=1e-2), 0.75, regrow=True, converts=True),
     Method("transposable", n_of_m(StraightThroughNM, transposable=True, refresh="4it"), 0.5, True, converts=True),

@@ -8,11 +8,13 @@ import lightning as L
 import torch
 from conformance.harness import SaveEverywhere, TinyModule, fit, samples, seed_all
 from conformance.methods import METHODS
-from torch import multiprocessing
+from torch import Tensor, multiprocessing, nn
 
+from sparsetrain.callbacks import L1Penalty
 from sparsetrain.data import InMemoryLoader
 
 MOMENTS = ("004-005-batch", "011-010-epoch")
+PENALTY = 0.01
 
 
 class RankedModule(TinyModule):
@@ -22,6 +24,17 @@ class RankedModule(TinyModule):
         images, labels = samples()
         place = {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
         return InMemoryLoader(images, labels, batch_size=4, mean=[128.0], std=[64.0], shuffle=True, **place)
+
+
+class EvenModule(RankedModule):
+    """Without batch norm, dropout and jitter: its loss is a mean over samples, whatever ranks they lie on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(16, 16))
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        return batch
 
 
 class OwnSeed(L.Callback):
@@ -58,7 +71,7 @@ def run_on_two(folder: Path, port: int) -> None:
 
 
 def work(rank: int, folder: Path, port: int) -> None:
-    """Fit every method, and again from some of its checkpoints; write what each run of this rank ended with."""
+    """Fit every method, again from some of its checkpoints, and a penalty; write what each run ended with."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -75,6 +88,8 @@ def work(rank: int, folder: Path, port: int) -> None:
         for moment in MOMENTS:
             results[moment] = train(again, saved / f"{moment}.ckpt")
         torch.save(results, folder / f"{method.name}-{rank}.pt")
+    penalized = fit(L1Penalty(PENALTY), make=EvenModule, **settings).module
+    torch.save(penalized.state_dict(), folder / f"penalty-{rank}.pt")
     try:
         fit(METHODS[0].make(), Perturb(), make=RankedModule, **settings)
     except RuntimeError as error:

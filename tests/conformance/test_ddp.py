@@ -8,7 +8,9 @@ import pytest
 import torch
 from conformance.harness import assert_same, fit
 from conformance.methods import METHODS, Method, every_method
-from conformance.ranks import MOMENTS, RankedModule, WriteChecksum, run_on_two
+from conformance.ranks import MOMENTS, PENALTY, EvenModule, RankedModule, WriteChecksum, run_on_two
+
+from sparsetrain.callbacks import L1Penalty
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +43,24 @@ def test_masks_and_weights_are_the_same_on_all_ranks_though_data_and_dropout_dif
     ]
     assert_same(*weights)  # batch norm's running statistics are those of each rank's own last batch
     assert_same(one["outcome"]["optimizers"], other["outcome"]["optimizers"])
+
+
+def test_a_soup_has_the_same_batch_norm_on_all_ranks_though_each_looks_at_other_data(folder):
+    methods = {method.name: method for method in METHODS}
+    (soup, of_other), (one, other) = (
+        [found["full"]["outcome"]["module"] for found in results(folder, methods[name])] for name in ("soup", "rounds")
+    )
+    assert_same(soup, of_other)
+    for name in ("body.1.running_mean", "body.1.running_var"):
+        assert not torch.equal(one[name], other[name])  # on the same shares of the data, without a soup
+
+
+def test_a_penalty_counts_once_so_that_two_ranks_end_with_the_weights_of_one_process(folder):
+    one, other = (torch.load(folder / f"penalty-{rank}.pt") for rank in range(2))
+    assert_same(one, other)
+    penalized, dense = (fit(*added, make=EvenModule).module.state_dict() for added in ([L1Penalty(PENALTY)], []))
+    torch.testing.assert_close(one, penalized, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(one["head.weight"], dense["head.weight"], rtol=1e-2)
 
 
 @every_method

@@ -1,0 +1,325 @@
+"""Polarization-gated training: channels are gated by input, agree on one static network, and this is trained on."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.callbacks.gate_training import GateTraining
+from sparsetrain.callbacks.gated import GatedLayer, close_, closed_units, gated_layers, operations
+from sparsetrain.callbacks.penalty import LinearWeight
+from sparsetrain.callbacks.recalibration import recalibrate, recalibration_seed
+from sparsetrain.callbacks.trainer import is_fast_dev_run, train_loaders
+from sparsetrain.export import Unit, units
+from sparsetrain.masks import Masks, Pruning, Update
+from sparsetrain.polarization import Operation, budget_error, disagreement, expected_cost
+from sparsetrain.selection import Selection
+from sparsetrain.steps import check_steps
+
+_MOST_UNDECIDED = 0.01  # share of the gates above which the run warns
+_POLARIZATION = LinearWeight(10.0, "0.1run", "0.5run")
+_BUDGET = LinearWeight(100.0, "0.1run", "0.3run")
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """How the gates became one static network.
+
+    Args:
+        step: optimizer steps made before.
+        cost: of the static network, as a share of the dense one's, in [0, 1].
+        gates: how many there were.
+        closed: how many of them were closed.
+        undecided: the share of the gates, in [0, 1], that were open for more than 5 % of the samples and fewer than 95.
+        overruled: how many were decided over the samples, and decided otherwise for the budget.
+    """
+
+    step: int
+    cost: float
+    gates: int
+    closed: int
+    undecided: float
+    overruled: int
+
+
+class PolarizationGating(SparsityCallback):
+    """Train gates on channels along with the network, let them agree over all inputs, and go on without those closed.
+
+    Each gated layer gets a light module that looks at the layer's input and opens or closes each of its output
+    channels, by example; straight-through gradients train it. Added to the loss is
+
+        a(t) * mean_i g_i * (1 - g_i)  +  b(t) * (C(g) / C_dense - (1 - sparsity))^2
+
+    with g_i the mean of gate i over the batch, on all ranks, and C the expected cost of one example; see
+    `sparsetrain.polarization`. The first term makes a gate the same for all inputs, the second meets the budget.
+
+    At `extract_at` the gates are looked at over all training data, in evaluation mode; those open for the fewest
+    examples are closed until the budget is met, and no further. The weights that read closed channels become 0 and are
+    masked from there on, batch norm's statistics are computed anew, and the gates are gone: the rest of the run is
+    plain training of the static network. After the fit, `export.shrink` makes it small:
+
+        small = export.shrink(module, callback.units, example_input)
+        export.save_shrunk(folder, small)
+
+    Before the extraction a checkpoint's `state_dict` is that of the plain network, which computes what the gated one
+    does with all gates open; the gates are in this callback's state. Gates are no parameters of the module: they are
+    trained by an Adam of their own, so that the module's optimizers and schedulers, its averages and the norm that
+    clips its gradients are those of a dense run. Validation sees the gates; monitored checkpoints wait for the static
+    network. A run that ends before the extraction leaves the dense network, and says so.
+
+    Gated are linear layers and convolutions whose channels one other layer reads: the inner layers of residual blocks
+    and of MLPs, and plain stacks. Not gated are channels that blocks add up, grouped convolutions, and heads of
+    attention. torch-pruning finds them, which needs one run of `forward` on an example.
+
+    Args:
+        granularity: "channel".
+        sparsity: the share of the dense cost to remove, in (0, 1).
+        measure: the cost, "flops" or "params".
+        extract_at: the optimizer step at which the static network is extracted, at least 1.
+        polarization: a(t), at the optimizer steps that it says.
+        budget: b(t).
+        gate_lr: learning rate of the gates, above 0, constant.
+        hidden: hidden units of each gate module, at least 1; None: static gates, one free logit a channel.
+        input_shape: of one example without the batch, such as (3, 32, 32), for a forward pass of zeros; None takes the
+            module's `example_input_array`.
+        where: the gated layers, by the names of their weights; of those that cannot be gated, none is.
+        check: as in `SparsityCallback`.
+
+    Attributes:
+        units: the closed units, of the module that is trained; empty before the extraction.
+        extraction: what was found then; None before.
+        masks: of the weights that read gated channels.
+
+    Raises:
+        ValueError: a number out of range; at the start of the fit, a length that is none or beyond the run, no example,
+            a module that cannot be traced, no layer to gate, a budget that cannot be met, or manual optimization.
+        ImportError: at the start of the fit, torch-pruning is missing.
+
+    Source: Zhi et al. 2023, arXiv:2302.10798: binary gating modules with straight-through gradients, a polarization
+        loss, a sparsity that the user sets, one run, one static network. Only the abstract was at hand. Ours are the
+        form of the gates (`sparsetrain.gates`) and of both terms, their weights and ramps, the gates' optimizer, the
+        ranking at the extraction, and the training after it.
+    """
+
+    extraction: Extraction | None
+    _training: GateTraining | None
+    _layers: tuple[GatedLayer, ...]
+    _operations: tuple[Operation, ...]
+    _weights: tuple[LinearWeight, LinearWeight]
+    _extract_at: int
+    _seed: int
+
+    def __init__(
+        self,
+        granularity: Literal["channel", "layer"] = "channel",
+        *,
+        sparsity: float = 0.5,
+        measure: Literal["flops", "params"] = "flops",
+        extract_at: int | str = "0.75run",
+        polarization: LinearWeight = _POLARIZATION,
+        budget: LinearWeight = _BUDGET,
+        gate_lr: float = 0.01,
+        hidden: int | None = 16,
+        input_shape: Sequence[int] | None = None,
+        where: Selection = Selection(),
+        check: str = "cheap",
+    ) -> None:
+        if granularity != "channel":
+            raise ValueError(
+                f"granularity={granularity!r} is not supported; only 'channel' is: whole blocks cannot be removed yet."
+            )
+        if not 0 < sparsity < 1:
+            raise ValueError(f"sparsity={sparsity} is the share of the cost to remove, which lies in (0, 1).")
+        if measure not in ("flops", "params"):
+            raise ValueError(f"measure={measure!r} is unknown. Choose 'flops' or 'params'.")
+        if not (math.isfinite(gate_lr) and gate_lr > 0):
+            raise ValueError(f"gate_lr={gate_lr} is a learning rate, which is above 0.")
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"hidden={hidden} must be at least 1, or None for static gates.")
+        check_steps(extract_at, "extract_at")
+        self.granularity, self.sparsity, self.measure, self.extract_at = granularity, sparsity, measure, extract_at
+        self.polarization, self.budget, self.gate_lr, self.hidden = polarization, budget, gate_lr, hidden
+        self.input_shape = None if input_shape is None else tuple(input_shape)
+        super().__init__(Pruning(where), check=check)
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """The closed units, for `export.shrink` of the module; empty before the extraction."""
+        return () if self.extraction is None else closed_units(self._layers, dict(self.masks))
+
+    def target(self, step: int) -> float | None:
+        return None  # the masks change once, with the extraction
+
+    def final_step(self) -> int:
+        return self._extract_at - 1
+
+    def prepare(self, trainer: L.Trainer) -> None:
+        if is_fast_dev_run(trainer):  # too short for any ramp: it tries the final weights and the extraction
+            self._extract_at = self.run.total_steps or 1
+            self._weights = LinearWeight(self.polarization.final), LinearWeight(self.budget.final)
+            return
+        (self._extract_at,) = self.steps(self.extract_at)
+        total = self.run.total_steps
+        if self._extract_at < 1 or (total is not None and self._extract_at > total):
+            limit = "" if total is None else f", and at most {total}, as many as the run has"
+            raise ValueError(
+                f"extract_at={self.extract_at!r} is step {self._extract_at}; it must be at least 1{limit}."
+            )
+        self._weights = self.polarization.resolve(self.run), self.budget.resolve(self.run)
+
+    def take_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._seed = trainer.strategy.broadcast(torch.initial_seed())
+        self._find(pl_module)
+        super().take_hold(trainer, pl_module)
+        if self.extraction is None:
+            self._training = GateTraining(
+                trainer,
+                pl_module,
+                self._layers,
+                lr=self.gate_lr,
+                hidden=self.hidden,
+                seed=self._seed,
+                terms=self._terms,
+            )
+            if self._restored is not None:
+                self._training.load_state_dict(self._restored["gates"])
+
+    def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if self._training is not None:
+            self._training.zero_grad()  # of a step that a gradient scaler has skipped
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.extraction is None:
+            rank_zero_warn(
+                f"The run ended at step {self.step}, before its gates became a static network (step "
+                f"{self._extract_at}): the module is the dense network, with all gates open."
+            )
+        super().on_train_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self.masks and self._restored is not None:  # resumed from the end of the run
+            self._find(pl_module)
+        super().on_fit_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            **super().state_dict(),
+            "seed": self._seed,
+            "extraction": None if self.extraction is None else asdict(self.extraction),
+            "gates": None if self._training is None else self._training.state_dict(),
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        super()._restore(state)
+        self._seed = state["seed"]
+        self.extraction = None if state["extraction"] is None else Extraction(**state["extraction"])
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.extraction, self._training = None, None
+        self._layers, self._operations = (), ()
+        self._extract_at, self._seed = 1, 0
+
+    def _detach(self) -> None:
+        super()._detach()
+        if self._training is not None:
+            self._training.remove()  # it stays, for those that save after this
+
+    def _find(self, pl_module: L.LightningModule) -> None:
+        """Look for what can be gated, and give the weights that read it masks."""
+        example = self._example(pl_module)
+        with _uncompiled(pl_module):
+            found = units(pl_module, example)
+        self._layers = gated_layers(pl_module, found, self.pruning.where)
+        self._operations = operations(pl_module, self._layers, example, self.measure)
+        least = {layer.name: torch.eye(1, len(layer.units))[0] for layer in self._layers}  # one open channel of each
+        lowest = float(expected_cost(least, self._operations)) / sum(operation.cost for operation in self._operations)
+        if lowest > 1 - self.sparsity:
+            raise ValueError(
+                f"sparsity={self.sparsity} cannot be met: with one open channel in each gated layer, {lowest:.4f} of "
+                f"the {self.measure} of {type(pl_module).__name__} are left. Ask for less, or gate more layers."
+            )
+        readers = dict.fromkeys(f"{layer.reader}.weight" for layer in self._layers)
+        self.masks = Masks(Pruning(Selection(include=tuple(readers))))
+        channels = sum(len(layer.units) for layer in self._layers)
+        rank_zero_info(
+            f"Gates on {channels} channels of {len(self._layers)} layers: {', '.join(x.name for x in self._layers)}."
+        )
+
+    def _example(self, pl_module: L.LightningModule) -> Tensor:
+        weight = next(pl_module.parameters())
+        if self.input_shape is not None:
+            return torch.zeros(1, *self.input_shape, device=weight.device, dtype=weight.dtype)
+        example = pl_module.example_input_array
+        if not isinstance(example, Tensor):
+            raise ValueError(
+                f"{type(self).__name__} has no example to trace {type(pl_module).__name__} with. Give input_shape, "
+                "such as (3, 32, 32), or set the module's example_input_array to a tensor."
+            )
+        return example.to(weight.device, weight.dtype if example.is_floating_point() else None)
+
+    def _terms(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        polarization, budget = (weight.at(self.step) for weight in self._weights)
+        return {
+            "polarization": polarization * disagreement(means),
+            "budget": budget * budget_error(means, self._operations, self.sparsity),
+        }
+
+    def _count_step(self) -> None:
+        super()._count_step()
+        if self._training is not None and self.extraction is None:
+            self._training.step_()
+            if self.step >= self._extract_at:
+                with torch.compiler.set_stance("force_eager"):  # what runs here runs once
+                    self._extract(self._training)
+
+    def _extract(self, training: GateTraining) -> None:
+        """Make the static network that the gates agree on."""
+        trainer, pl_module = training.trainer, training.pl_module
+        consensus = training.consensus()
+        undecided = consensus.undecided()
+        decision = consensus.fill_to_budget(self._operations, 1 - self.sparsity)
+        training.remove()
+        self._training = None
+        before = self.masks.kept
+        masks = {name: mask.clone() for name, mask in self.masks.items()}
+        close_(self._layers, dict(decision.open), masks)
+        self.masks.replace(masks, "The masks of the static network")
+        kept = self.masks.kept
+        dropped = {name: before[name] - count for name, count in kept.items()}
+        self.history.append(Update(self.step, self.masks.sparsity(), kept, dropped, dict.fromkeys(kept, 0)))
+        gates = torch.cat(list(decision.open.values()))
+        closed = int((~gates).sum())
+        self.extraction = Extraction(self.step, decision.cost, gates.numel(), closed, undecided, decision.overruled)
+        self._masks_changed(trainer)
+        recalibrate(trainer, pl_module, list(train_loaders(trainer)), recalibration_seed(self._seed))
+        rank_zero_info(
+            f"At step {self.step} {closed} of {gates.numel()} gates were closed, {decision.overruled} decided ones "
+            f"overruled; {decision.cost:.4f} of the {self.measure} are left."
+        )
+        if undecided > _MOST_UNDECIDED:
+            rank_zero_warn(
+                f"{undecided:.1%} of the gates are undecided at step {self.step}: open for more than 5 % and fewer "
+                "than 95 % of the training data. The static network differs from the gated one there. Let the weight "
+                "of `polarization` be larger or grow earlier, or extract later."
+            )
+
+
+@contextmanager
+def _uncompiled(pl_module: L.LightningModule) -> Iterator[None]:
+    """Let copies of the module run their own layers: in a compiled one `forward` is an attribute bound to it."""
+    compiled = vars(pl_module).pop("forward", None) if getattr(pl_module, "_compiler_ctx", None) else None
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        if compiled is not None:
+            vars(pl_module)["forward"] = compiled

@@ -1,0 +1,96 @@
+"""The smaller network that a run leaves whose channels were cut off whole."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from sparsetrain import export
+from sparsetrain.callbacks import PolarizationGating, SparsityCallback
+from sparsetrain.cli.artifacts import network_of, of_stage
+from sparsetrain.patterns import Channel
+from sparsetrain.report import cost
+
+FOLDER = "shrunk"
+
+
+def cuts_off(method: SparsityCallback | None) -> bool:
+    """Whether the method leaves channels that nothing writes or nothing reads."""
+    return isinstance(method, PolarizationGating) or (
+        method is not None and isinstance(method.pruning.pattern, Channel)
+    )
+
+
+def write_and_test(
+    folder: Path,
+    evaluator: L.Trainer,
+    module: L.LightningModule,
+    datamodule: L.LightningDataModule,
+    example_input: Tensor,
+    method: SparsityCallback,
+) -> dict[str, Any]:
+    """Write <folder>/shrunk: the network without what was cut off, for `load_shrunk` with the plain dense one.
+
+    Where that cannot be, the reason is a warning.
+
+    Args:
+        folder: the run's.
+        evaluator: a Trainer without loggers, of as many processes as the run had.
+        module: of the run.
+        datamodule: of the run.
+        example_input: a batch of one example.
+        method: of the run, after the fit.
+
+    Returns:
+        Entries of summary.json: parameters, FLOPs of one example, units removed, and test metrics of the network.
+    """
+    network = network_of(module)
+    example = example_input.to(next(network.parameters()).device)
+    try:
+        units = _units(module, network, example, method)
+        small = export.shrink(network, units, example)
+    except (ImportError, ValueError, RuntimeError) as error:  # the training is done, and what it left is written
+        rank_zero_warn(f"No smaller network was written. {error}")
+        return {}
+    if evaluator.is_global_zero:
+        export.save_shrunk(folder / FOLDER, small)
+    metrics = dict(next(iter(evaluator.test(_holding(small, module), datamodule=datamodule, verbose=False)), {}))
+    return {
+        "shrunk": {
+            "units": len(units),
+            "parameters": sum(parameter.numel() for parameter in small.parameters()),
+            "flops": sum(cost(small, example).values()),
+            "test": of_stage(metrics, "test"),
+        }
+    }
+
+
+def _holding(small: nn.Module, module: L.LightningModule) -> L.LightningModule:
+    """A module like `module` with the smaller network."""
+    if isinstance(small, L.LightningModule):
+        return small
+    holder = copy.copy(module)
+    holder._modules = {**module._modules, "network": small}
+    return holder
+
+
+def _units(
+    module: L.LightningModule, network: nn.Module, example: Tensor, method: SparsityCallback
+) -> tuple[export.Unit, ...]:
+    """What was cut off from `network`, by the names of its own tensors."""
+    prefix = next(f"{name}.".removeprefix(".") for name, part in module.named_modules() if part is network)
+    if not isinstance(method, PolarizationGating):
+        masks = {name.removeprefix(prefix): mask for name, mask in method.masks.items()}
+        return export.pruned_units(export.units(network, example), masks)
+    return tuple(
+        replace(
+            unit,
+            name=unit.name.removeprefix(prefix),
+            slices=tuple(replace(piece, tensor=piece.tensor.removeprefix(prefix)) for piece in unit.slices),
+        )
+        for unit in method.units
+    )

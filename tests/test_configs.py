@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 import sparsetrain.conf
 from sparsetrain.cli import schema
+from sparsetrain.cli.instantiate import instantiate
 from sparsetrain.cli.train import compose, train
 
 CONF = Path(sparsetrain.conf.__file__).parent
@@ -31,6 +32,7 @@ BELOW_METHOD = {
     "schedule": ("method=gmp",),
     "criterion": ("method=gmp", "method.schedule.final=0.8"),
     "allocation": ("method=gmp", "method.schedule.final=0.8"),
+    "pattern": ("method=gmp", "method.schedule.final=0.8"),
     "retrain": ("method=imp",),
 }
 
@@ -70,9 +72,12 @@ def test_every_experiment_trains_a_step(experiment: str, tmp_path: Path) -> None
 @pytest.mark.slow
 @pytest.mark.parametrize("option", options())
 def test_every_option_of_every_group_composes(option: str, tmp_path: Path) -> None:
-    cfg = compose(*BELOW_METHOD.get(option.split("=")[0], ()), option, *NEEDS.get(option, ()), output_dir=tmp_path)
+    below = BELOW_METHOD.get(option.split("=")[0], ())
+    cfg = compose(*below, option, *NEEDS.get(option, ()), output_dir=tmp_path)
     OmegaConf.resolve(cfg)
     assert OmegaConf.missing_keys(cfg) == set()
+    if below:
+        instantiate(cfg.method)  # no argument is left over from the option that was there before
 
 
 def test_every_file_of_our_own_classes_has_a_schema_and_names_its_class() -> None:

@@ -27,6 +27,7 @@ from sparsetrain.callbacks import (
 )
 from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
 from sparsetrain.models import ConstantLR, Cosine, LinearDecay, MultiStep
+from sparsetrain.patterns import NM, Channel, TransposableNM, Unstructured
 from sparsetrain.retrain import AdaptiveLR, CyclicLR, LastLR, LinearLR, ReplayLR, ScaledLR
 from sparsetrain.schedules import Constant, Cubic, Linear, OneShot
 
@@ -44,6 +45,7 @@ SCHEMAS: Mapping[str, Mapping[str, type]] = {
     "schedule": {"constant": Constant, "one_shot": OneShot, "linear": Linear, "cubic": Cubic},
     "criterion": {"magnitude": Magnitude, "random": Random, "saliency": Saliency, "movement": Movement},
     "allocation": {"global": Global, "uniform": Uniform, "erk": ERK, "lamp": LAMP},
+    "pattern": {"unstructured": Unstructured, "channel": Channel, "nm": NM, "transposable_nm": TransposableNM},
     "retrain": {
         "replay": ReplayLR,
         "last": LastLR,
@@ -105,7 +107,8 @@ def schema(target: Callable[..., Any], example: object = None) -> type:
     """A dataclass with `_target_` and the arguments of `target`: their names, types and defaults.
 
     An argument that is itself one frozen dataclass, such as `Pruning`, becomes a nested schema. One of a kind that has
-    several classes (an abstract base), or of a type that OmegaConf does not know, is free-form.
+    several classes (an abstract base) is free-form and has no default, which the arguments of another class would be
+    merged with; one of a type that OmegaConf does not know is free-form, too.
 
     Args:
         target: a class or a function, with annotations.
@@ -121,7 +124,7 @@ def schema(target: Callable[..., Any], example: object = None) -> type:
 
 def _field(hint: Any, default: Any) -> tuple[Any, Any]:
     """The type and the default of one field."""
-    missing = default is inspect.Parameter.empty
+    missing = default is inspect.Parameter.empty or inspect.isabstract(hint)  # a config group gives it
     if inspect.isclass(hint) and dataclasses.is_dataclass(hint) and not inspect.isabstract(hint):
         nested = schema(hint, None if missing else default)
         return nested, dataclasses.field(default_factory=nested)
@@ -140,13 +143,8 @@ def _is_known(hint: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A default as the configuration writes it: lists for tuples, a node with `_target_` for one of our values."""
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    if dataclasses.is_dataclass(value):
-        arguments = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-        return {"_target_": _path(type(value)), **arguments}
-    return value
+    """A default as the configuration writes it: lists for tuples."""
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
 def _path(target: Callable[..., Any]) -> str:

@@ -52,6 +52,8 @@ def write_and_test(
     example = example_input.to(next(network.parameters()).device)
     try:
         units = _units(module, network, example, method)
+        if not units:
+            raise ValueError("No channel was cut off whole.")
         small = export.shrink(network, units, example)
     except (ImportError, ValueError, RuntimeError) as error:  # the training is done, and what it left is written
         rank_zero_warn(f"No smaller network was written. {error}")

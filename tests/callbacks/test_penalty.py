@@ -1,11 +1,9 @@
 import math
-import os
 import pickle
 from copy import deepcopy
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import lightning as L
 import pytest
@@ -19,7 +17,7 @@ from conformance.harness import (
     fit,
 )
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from sparsetrain import Selection
@@ -201,16 +199,6 @@ def test_a_compiled_module_is_penalized_and_stays_compiled():
     run = fit(Look(), L1Penalty(0.01), make=lambda: torch.compile(OneArgument(), backend="aot_eager"), **short)
     assert vars(run.module._orig_mod)["training_step"] is compiled[0]
     assert_trained_alike(run.module._orig_mod, fit(make=lambda: Task(by_hand=0.01), **short).module)
-
-
-def test_under_ddp_the_penalty_is_part_of_the_wrapped_training_step():
-    with patch.dict(os.environ):  # Lightning says there which rank this process is
-        try:
-            run = fit(L1Penalty(0.01), make=Task, strategy="ddp", devices=1, limit_val_batches=0)
-        finally:
-            torch.distributed.destroy_process_group()
-    assert isinstance(run.trainer.strategy, DDPStrategy)
-    assert_trained_alike(run.module, fit(make=lambda: Task(by_hand=0.01)).module)
 
 
 def test_a_copy_made_during_the_fit_trains_without_the_penalty():

@@ -8,9 +8,12 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from conformance.harness import TinyModule, loaders, make_trainer
 
 from sparsetrain import GradualMagnitudePruning, IterativeMagnitudePruning, SparseModelSoup, SparsityCallback
+from sparsetrain.export import load_shrunk
+from sparsetrain.report import cost
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENTS = ROOT / "experiments"
@@ -29,7 +32,7 @@ def run_block(block: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict
             super().__init__(**settings, accelerator="cpu", default_root_dir=folder, limit_val_batches=0, **quiet)
 
     monkeypatch.setattr(L, "Trainer", QuietTrainer)
-    names = {"module": TinyModule(), "loader": loaders()["train_dataloaders"]}
+    names = {"module": TinyModule(), "loader": loaders()["train_dataloaders"], "example_input": torch.ones(2, 1, 4, 4)}
     exec(block, names)
     for name, mask in names["pruning"].masks.items():
         assert not (names["module"].get_parameter(name)[~mask] != 0).any()
@@ -54,9 +57,20 @@ def test_the_blocks_that_train_prune_a_module_they_have_never_seen(tmp_path, mon
     assert sum(pruning.masks.kept.values()) == total - int(sparsity * total + 0.5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_the_block_that_makes_a_network_smaller_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_block(BLOCKS[3], tmp_path, monkeypatch)
+    example = names["example_input"]
+    assert sum(cost(names["small"], example).values()) <= 0.5 * sum(cost(names["module"], example).values())
+    loaded = load_shrunk(TinyModule(), tmp_path / "small").eval()
+    torch.testing.assert_close(loaded(example), names["module"](example))
+
+
 def test_the_method_written_in_the_readme_alternates_and_ends_sparse() -> None:
     names: dict[str, object] = {}
-    exec(BLOCKS[3], names)
+    exec(BLOCKS[4], names)
     method = names["AlternatingCompression"](0.75, "1ep", warmup="1ep", finish="14it")
     assert isinstance(method, SparsityCallback)
     make_trainer(method).fit(TinyModule(), **loaders())

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsetrain import __version__
-from sparsetrain.callbacks import SparsityCallback
+from sparsetrain.callbacks import PolarizationGating, SparsityCallback
 from sparsetrain.callbacks.nm_training import NMTraining
 from sparsetrain.masks import Masks, Update, save_masks
 from sparsetrain.report import draw_sparsity, measure, report_table, write_sparsity_csv
@@ -70,6 +70,8 @@ class Artifacts(L.Callback):
         }
         if isinstance(self.method, NMTraining):
             summary["backends"] = [asdict(decision) for decision in self.method.decisions]
+        if isinstance(self.method, PolarizationGating) and self.method.extraction is not None:
+            summary["extraction"] = asdict(self.method.extraction)
         write_json(self.folder / SUMMARY, summary)
 
 

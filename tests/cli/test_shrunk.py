@@ -37,6 +37,8 @@ def test_a_run_leaves_the_smaller_network_with_the_same_outputs_and_its_cost_and
     assert facts["flops"] == sum(cost(small, images).values()) < 0.7 * summary["dense_flops"]
     assert facts["parameters"] == sum(parameter.numel() for parameter in small.parameters())
     assert facts["test"] == pytest.approx(summary["test"], abs=1e-6)
+    assert ("extraction" in summary) == (method is GATES)
+    assert method is CHANNELS or summary["extraction"]["cost"] == facts["flops"] / summary["dense_flops"]
 
 
 def test_a_network_that_cannot_be_made_smaller_is_left_with_the_reason(tmp_path):

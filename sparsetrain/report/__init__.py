@@ -1,5 +1,6 @@
 """Measured facts about sparse networks: counts, FLOPs, bytes and intervals, as values, tables, CSV and pictures."""
 
+from sparsetrain.report.gates import draw_gates
 from sparsetrain.report.measure import LayerReport, Report, cost, measure
 from sparsetrain.report.plots import draw_accuracy, draw_sparsity
 from sparsetrain.report.rounds import Round, overlap, rounds_table, training_flops, write_rounds_csv
@@ -29,6 +30,7 @@ __all__ = [
     "collect",
     "cost",
     "draw_accuracy",
+    "draw_gates",
     "draw_soups",
     "draw_sparsity",
     "is_accuracy",

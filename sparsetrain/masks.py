@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,12 @@ class Masks(Mapping[str, Tensor]):
 
     Args:
         pruning: what is pruned and how.
+        also: names of parameters that have masks, too, whatever they are: `Selection` chooses no norms and biases.
     """
 
-    def __init__(self, pruning: Pruning = Pruning()) -> None:
+    def __init__(self, pruning: Pruning = Pruning(), *, also: Collection[str] = ()) -> None:
         self.pruning = pruning
+        self._also = frozenset(also)
         self.stats = Stats(self.pruning.criterion.needs - {"grad"})
         self.plan: tuple[PlanRow, ...] = ()
         self._masks: dict[str, Tensor] = {}
@@ -95,7 +97,10 @@ class Masks(Mapping[str, Tensor]):
         Raises:
             ValueError: a glob that matches nothing, nothing to prune, or loaded masks that belong to another model.
         """
-        self.plan = self.pruning.where.plan(module)
+        self.plan = tuple(
+            replace(row, pruned=True, reason="pruned") if row.name in self._also else row
+            for row in self.pruning.where.plan(module)
+        )
         names = [row.name for row in self.plan if row.pruned]
         self._owners = {name: _owner(module, name) for name in names}
         everywhere = list(module.named_parameters(remove_duplicate=False))
@@ -278,6 +283,27 @@ class Masks(Mapping[str, Tensor]):
             self._kept[name] = _count(mask)
         self._asked = sum(self._kept.values())
 
+    def cut(self, kept: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
+        """Follow parameters of which only some places were kept.
+
+        Args:
+            kept: parameter name -> dimension -> the places kept along it; what is not named is kept whole.
+        """
+        for name in self.keys() & kept.keys():
+            self._masks[name] = take(self._masks[name], kept[name])
+            self._kept[name] = _count(self._masks[name])
+        self._asked = sum(self._kept.values())
+        self.stats.load_state_dict(
+            {
+                name: {statistic: take(total, kept.get(name, {})) for statistic, total in totals.items()}
+                for name, totals in self.stats.state_dict().items()
+            }
+        )
+        self.plan = tuple(
+            replace(row, shape=tuple(len(kept.get(row.name, {}).get(i, range(n))) for i, n in enumerate(row.shape)))
+            for row in self.plan
+        )
+
     def _raw_score(self, name: str, step: int) -> Tensor:
         parameter = self.parameter(name)
         evidence = dict(self.stats.get(name, parameter))
@@ -321,6 +347,13 @@ def prune(module: nn.Module, sparsity: float, pruning: Pruning = Pruning(), *, s
     masks.update(sparsity)
     masks.apply_()
     return masks
+
+
+def take(tensor: Tensor, places: Mapping[int, Sequence[int]]) -> Tensor:
+    """A copy of `tensor` with only the given places along each dimension that is named."""
+    for dim, index in places.items():
+        tensor = tensor.index_select(dim, torch.tensor(index, device=tensor.device))
+    return tensor
 
 
 def pack(mask: Tensor) -> Tensor:

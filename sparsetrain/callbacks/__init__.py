@@ -9,6 +9,7 @@ from sparsetrain.callbacks.nm import BidirectionalWeightPruning, StraightThrough
 from sparsetrain.callbacks.penalty import GroupLasso, L1Penalty, LinearWeight, Penalty
 from sparsetrain.callbacks.polarization import PolarizationGating
 from sparsetrain.callbacks.resume import ExactResume
+from sparsetrain.callbacks.shrinking import Shrinking
 from sparsetrain.callbacks.soup import SparseModelSoup
 from sparsetrain.callbacks.vary import Vary
 
@@ -24,6 +25,7 @@ __all__ = [
     "LotteryTicketRewinding",
     "Penalty",
     "PolarizationGating",
+    "Shrinking",
     "SparseModelSoup",
     "SparsityCallback",
     "StraightThroughNM",

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
@@ -232,6 +232,10 @@ class SparsityCallback(L.Callback, ABC):
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
                 self.masks.apply_to(checkpoint[key])
+
+    def follow_cut(self, kept: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
+        """Go on with a module whose tensors were cut to the places `kept`; see `Masks.cut`."""
+        self.masks.cut(kept)
 
     def hold_zeros(self) -> None:
         """Zero the pruned weights, and their optimizer state, after something else has written there."""

@@ -11,17 +11,17 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from sparsetrain.callbacks.gated import GatedLayer
+from sparsetrain.callbacks.gated import Gated
 from sparsetrain.callbacks.penalty import AddedTerms
 from sparsetrain.callbacks.recalibration import fresh, inputs_of
-from sparsetrain.callbacks.trainer import train_loaders
+from sparsetrain.callbacks.trainer import forget_compiled, train_loaders
 from sparsetrain.gates import Gates, InputGates, StaticGates
 from sparsetrain.polarization import Consensus, mean_gates
 from sparsetrain.rng import generator
 
 
 class GateTraining:
-    """Gates on layers of a module, their optimizer and their terms in the loss, from construction to `remove`.
+    """Gates on parts of a module, their optimizer and their terms in the loss, from construction to `remove`.
 
     The gates are no parts of the module: what looks at its parameters (optimizers, DDP, averages) does not see them.
     Their gradients are the means over ranks, not scaled, and their steps are made by `step_`; one whose gradients are
@@ -30,21 +30,21 @@ class GateTraining:
     Args:
         trainer: of the fit.
         pl_module: is trained.
-        layers: the gated ones.
+        gated: what has gates.
         lr: of their Adam.
         hidden: hidden units of each gate module; None: static gates.
         seed: of their initial weights, and of the order of data that `consensus` sees.
-        terms: mean gates by layer, on all ranks -> the terms of the loss by name.
+        terms: mean gates by name, on all ranks -> the terms of the loss by name.
 
     Raises:
-        ValueError: see `AddedTerms`; at the first batch, a layer that is not called as a module.
+        ValueError: see `AddedTerms`; at the first batch, a layer or block that is not called as a module.
     """
 
     def __init__(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        layers: Sequence[GatedLayer],
+        gated: Sequence[Gated],
         *,
         lr: float,
         hidden: int | None,
@@ -55,12 +55,11 @@ class GateTraining:
         self._hidden, self._seed, self._terms = hidden, seed, terms
         self._gates: dict[str, Gates] = {}
         self._added: AddedTerms | None = AddedTerms(pl_module, self._penalties)
-        for layer in layers:
-            owner, reader = pl_module.get_submodule(layer.name), pl_module.get_submodule(layer.reader)
-            self._gates[layer.name] = self._gates_on(owner, layer)
-            self._gates[layer.name].attach_channels(owner, after=None, before=reader, size=layer.size)
+        for layer in gated:
+            self._gates[layer.name] = self._gates_on(layer)
+            layer.attach(pl_module, self._gates[layer.name])
         self._optimizer = torch.optim.Adam([parameter for _, parameter in self._parameters()], lr=lr)
-        _forget_compiled(pl_module)
+        forget_compiled(pl_module)
 
     def step_(self) -> None:
         """Let the gates follow their gradients, after those of the module's step."""
@@ -113,7 +112,7 @@ class GateTraining:
             gates.detach()
         self._added.remove()
         self._added = None
-        _forget_compiled(self.pl_module)
+        forget_compiled(self.pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives only; gradients too, that may have been accumulated."""
@@ -144,28 +143,28 @@ class GateTraining:
         for name, gates in self._gates.items():
             if gates.last_logits is None:
                 raise ValueError(
-                    f"The gates of {name!r} have seen no batch: the layer is not called as a module, or not in every "
-                    "step. Add it to `exclude`."
+                    f"The gates of {name!r} have seen no batch: this is not called as a module, or not in every step. "
+                    "Add its weights to `exclude`."
                 )
             logits[name], gates.last_logits = gates.last_logits, None
         return logits
 
-    def _gates_on(self, owner: Any, layer: GatedLayer) -> Gates:
-        axis = -1 - len(getattr(owner, "kernel_size", ()))
+    def _gates_on(self, layer: Gated) -> Gates:
         gates: Gates
         if self._hidden is None:
-            gates = StaticGates(len(layer.units), name=layer.name, axis=axis, open_logit=2.0)
+            gates = StaticGates(len(layer.units), name=layer.name, axis=layer.axis, open_logit=2.0)
         else:
             gates = InputGates(
                 len(layer.units),
                 name=layer.name,
-                axis=axis,
-                features=owner.in_features if axis == -1 else owner.in_channels,
+                axis=layer.axis,
+                features=layer.features,
                 hidden=self._hidden,
                 open_logit=2.0,
                 generator=generator(self._seed, "gates", layer.name),
             )
-        return gates.to(owner.weight.device, torch.promote_types(owner.weight.dtype, torch.float32))
+        weight = next(self.pl_module.get_submodule(layer.name).parameters())
+        return gates.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, gates in self._gates.items():
@@ -186,9 +185,3 @@ def _plain(loader: Any) -> Any:
     plain = copy.copy(loader)
     plain.augment = ()
     return plain
-
-
-def _forget_compiled(pl_module: L.LightningModule) -> None:
-    """Compile again: compiled code does not notice that hooks come and go."""
-    if getattr(pl_module, "_compiler_ctx", None) or any(part._compiled_call_impl for part in pl_module.modules()):
-        torch.compiler.reset()

@@ -1,8 +1,7 @@
-"""Polarization-gated training: channels are gated by input, agree on one static network, and this is trained on."""
+"""Polarization-gated training: channels or blocks are gated by input, agree on a static network, and that trains on."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -14,16 +13,17 @@ from torch.optim import Optimizer
 
 from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.gate_training import GateTraining
-from sparsetrain.callbacks.gated import GatedLayer, close_, closed_units, gated_layers, operations
+from sparsetrain.callbacks.gated import Gated, close_, closed_units, gated_blocks, gated_layers, masked, operations
 from sparsetrain.callbacks.penalty import LinearWeight
 from sparsetrain.callbacks.recalibration import recalibrate, recalibration_seed
-from sparsetrain.callbacks.trainer import is_fast_dev_run, train_loaders
+from sparsetrain.callbacks.trainer import example_of, is_fast_dev_run, train_loaders, uncompiled
 from sparsetrain.export import Unit, units
 from sparsetrain.masks import Masks, Pruning, Update
 from sparsetrain.polarization import Operation, budget_error, disagreement, expected_cost
 from sparsetrain.selection import Selection
 from sparsetrain.steps import check_steps
 
+_POINTS = 200  # of a history
 _MOST_UNDECIDED = 0.01  # share of the gates above which the run warns
 _POLARIZATION = LinearWeight(10.0, "0.1run", "0.5run")
 _BUDGET = LinearWeight(100.0, "0.1run", "0.3run")
@@ -51,10 +51,11 @@ class Extraction:
 
 
 class PolarizationGating(SparsityCallback):
-    """Train gates on channels along with the network, let them agree over all inputs, and go on without those closed.
+    """Train gates on channels or blocks along with the network, let them agree, and go on without those closed.
 
     Each gated layer gets a light module that looks at the layer's input and opens or closes each of its output
-    channels, by example; straight-through gradients train it. Added to the loss is
+    channels, by example; a gated block gets one with one gate, and returns its input where that is closed.
+    Straight-through gradients train them. Added to the loss is
 
         a(t) * mean_i g_i * (1 - g_i)  +  b(t) * (C(g) / C_dense - (1 - sparsity))^2
 
@@ -63,7 +64,8 @@ class PolarizationGating(SparsityCallback):
 
     At `extract_at` the gates are looked at over all training data, in evaluation mode; those open for the fewest
     examples are closed until the budget is met, and no further. The weights that read closed channels become 0 and are
-    masked from there on, batch norm's statistics are computed anew, and the gates are gone: the rest of the run is
+    masked from there on; of closed blocks, those of linear layers and convolutions and what closes the block do, such
+    as its last batch norm. Batch norm's statistics are computed anew, and the gates are gone: the rest of the run is
     plain training of the static network. After the fit, `export.shrink` makes it small:
 
         small = export.shrink(module, callback.units, example_input)
@@ -75,33 +77,39 @@ class PolarizationGating(SparsityCallback):
     clips its gradients are those of a dense run. Validation sees the gates; monitored checkpoints wait for the static
     network. A run that ends before the extraction leaves the dense network, and says so.
 
-    Gated are linear layers and convolutions whose channels one other layer reads: the inner layers of residual blocks
-    and of MLPs, and plain stacks. Not gated are channels that blocks add up, grouped convolutions, and heads of
-    attention. torch-pruning finds them, which needs one run of `forward` on an example.
+    Gated by "channel" are linear layers and convolutions whose channels one other layer reads: the inner layers of
+    residual blocks and of MLPs, and plain stacks; and the heads of attention, see `export.units`. Not gated are
+    channels that blocks add up, and grouped convolutions. torch-pruning finds them, which needs one run of `forward` on
+    an example. Gated by "layer" are residual blocks with an identity shortcut; see `export.blocks`, which tries them
+    out in float64. Whole blocks meet a budget coarsely: the cost that is left is the nearest one at or below it.
 
     Args:
-        granularity: "channel".
+        granularity: "channel" (channels, hidden units and heads) or "layer" (whole blocks).
         sparsity: the share of the dense cost to remove, in (0, 1).
         measure: the cost, "flops" or "params".
         extract_at: the optimizer step at which the static network is extracted, at least 1.
         polarization: a(t), at the optimizer steps that it says.
         budget: b(t).
         gate_lr: learning rate of the gates, above 0, constant.
-        hidden: hidden units of each gate module, at least 1; None: static gates, one free logit a channel.
+        hidden: hidden units of each gate module, at least 1; None: static gates, one free logit each.
         input_shape: of one example without the batch, such as (3, 32, 32), for a forward pass of zeros; None takes the
             module's `example_input_array`.
-        where: the gated layers, by the names of their weights; of those that cannot be gated, none is.
+        where: the gated layers, by the names of their weights, or the blocks in which one of these lies; of those that
+            cannot be gated, none is.
         check: as in `SparsityCallback`.
 
     Attributes:
         units: the closed units, of the module that is trained; empty before the extraction.
         extraction: what was found then; None before.
-        masks: of the weights that read gated channels.
+        history_of_gates: name of the gated layer or block -> about 200 points (optimizer step, share of open gates).
+        history_of_cost: at the same steps, the expected cost as a share of the dense one's.
+        masks: of the weights that read gated channels; or of the weights in gated blocks, and of what closes these.
 
     Raises:
         ValueError: a number out of range; at the start of the fit, a length that is none or beyond the run, no example,
-            a module that cannot be traced, no layer to gate, a budget that cannot be met, or manual optimization.
-        ImportError: at the start of the fit, torch-pruning is missing.
+            a module that cannot be traced, no layer or block to gate, a budget that cannot be met, or manual
+            optimization.
+        ImportError: at the start of the fit, torch-pruning is missing (for channels).
 
     Source: Zhi et al. 2023, arXiv:2302.10798: binary gating modules with straight-through gradients, a polarization
         loss, a sparsity that the user sets, one run, one static network. Only the abstract was at hand. Ours are the
@@ -110,12 +118,15 @@ class PolarizationGating(SparsityCallback):
     """
 
     extraction: Extraction | None
+    history_of_gates: dict[str, list[tuple[int, float]]]
+    history_of_cost: list[tuple[int, float]]
     _training: GateTraining | None
-    _layers: tuple[GatedLayer, ...]
+    _layers: tuple[Gated, ...]
     _operations: tuple[Operation, ...]
     _weights: tuple[LinearWeight, LinearWeight]
     _extract_at: int
     _seed: int
+    _is_small: bool
 
     def __init__(
         self,
@@ -132,10 +143,8 @@ class PolarizationGating(SparsityCallback):
         where: Selection = Selection(),
         check: str = "cheap",
     ) -> None:
-        if granularity != "channel":
-            raise ValueError(
-                f"granularity={granularity!r} is not supported; only 'channel' is: whole blocks cannot be removed yet."
-            )
+        if granularity not in ("channel", "layer"):
+            raise ValueError(f"granularity={granularity!r} is unknown. Choose 'channel' or 'layer'.")
         if not 0 < sparsity < 1:
             raise ValueError(f"sparsity={sparsity} is the share of the cost to remove, which lies in (0, 1).")
         if measure not in ("flops", "params"):
@@ -213,20 +222,26 @@ class PolarizationGating(SparsityCallback):
         return {
             **super().state_dict(),
             "seed": self._seed,
+            "is_small": self._is_small,
+            "history_of_gates": self.history_of_gates,
+            "history_of_cost": self.history_of_cost,
             "extraction": None if self.extraction is None else asdict(self.extraction),
             "gates": None if self._training is None else self._training.state_dict(),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)
-        self._seed = state["seed"]
+        self._seed, self._is_small = state["seed"], state["is_small"]
+        self.history_of_gates, self.history_of_cost = state["history_of_gates"], state["history_of_cost"]
         self.extraction = None if state["extraction"] is None else Extraction(**state["extraction"])
 
     def _begin(self) -> None:
         super()._begin()
         self.extraction, self._training = None, None
         self._layers, self._operations = (), ()
-        self._extract_at, self._seed = 1, 0
+        self._extract_at, self._seed, self._is_small = 1, 0, False
+        self.history_of_gates = {}
+        self.history_of_cost = []
 
     def _detach(self) -> None:
         super()._detach()
@@ -234,44 +249,54 @@ class PolarizationGating(SparsityCallback):
             self._training.remove()  # it stays, for those that save after this
 
     def _find(self, pl_module: L.LightningModule) -> None:
-        """Look for what can be gated, and give the weights that read it masks."""
-        example = self._example(pl_module)
-        with _uncompiled(pl_module):
-            found = units(pl_module, example)
-        self._layers = gated_layers(pl_module, found, self.pruning.where)
+        """Look for what can be gated, and give what is to be 0 without it masks."""
+        if self._restored is not None and self._restored["is_small"]:  # what was closed is gone
+            names = tuple(self._restored["shapes"])
+            self.masks = Masks(Pruning(Selection(include=names)), also=names)
+            return
+        example, where = example_of(pl_module, self.input_shape, of=self), self.pruning.where
+        with uncompiled(pl_module):
+            if self.granularity == "layer":
+                self._layers = gated_blocks(pl_module, example, where)
+            else:
+                self._layers = gated_layers(pl_module, units(pl_module, example), where)
         self._operations = operations(pl_module, self._layers, example, self.measure)
-        least = {layer.name: torch.eye(1, len(layer.units))[0] for layer in self._layers}  # one open channel of each
+        counts = {layer.name: len(layer.units) for layer in self._layers}
+        least = {name: torch.eye(1, count)[0] * (count > 1) for name, count in counts.items()}
         lowest = float(expected_cost(least, self._operations)) / sum(operation.cost for operation in self._operations)
         if lowest > 1 - self.sparsity:
             raise ValueError(
-                f"sparsity={self.sparsity} cannot be met: with one open channel in each gated layer, {lowest:.4f} of "
-                f"the {self.measure} of {type(pl_module).__name__} are left. Ask for less, or gate more layers."
+                f"sparsity={self.sparsity} cannot be met: with all gates closed but one where a layer has several, "
+                f"{lowest:.4f} of the {self.measure} of {type(pl_module).__name__} are left. Ask for less, or gate "
+                "more layers."
             )
-        readers = dict.fromkeys(f"{layer.reader}.weight" for layer in self._layers)
-        self.masks = Masks(Pruning(Selection(include=tuple(readers))))
-        channels = sum(len(layer.units) for layer in self._layers)
-        rank_zero_info(
-            f"Gates on {channels} channels of {len(self._layers)} layers: {', '.join(x.name for x in self._layers)}."
-        )
-
-    def _example(self, pl_module: L.LightningModule) -> Tensor:
-        weight = next(pl_module.parameters())
-        if self.input_shape is not None:
-            return torch.zeros(1, *self.input_shape, device=weight.device, dtype=weight.dtype)
-        example = pl_module.example_input_array
-        if not isinstance(example, Tensor):
-            raise ValueError(
-                f"{type(self).__name__} has no example to trace {type(pl_module).__name__} with. Give input_shape, "
-                "such as (3, 32, 32), or set the module's example_input_array to a tensor."
-            )
-        return example.to(weight.device, weight.dtype if example.is_floating_point() else None)
+        names = masked(pl_module, self._layers)
+        self.masks = Masks(Pruning(Selection(include=names)), also=names)
+        of = "blocks" if self.granularity == "layer" else f"channels or heads of {len(counts)} layers"
+        rank_zero_info(f"Gates on {sum(counts.values())} {of}: {', '.join(counts)}.")
 
     def _terms(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._note(means)
         polarization, budget = (weight.at(self.step) for weight in self._weights)
         return {
             "polarization": polarization * disagreement(means),
             "budget": budget * budget_error(means, self._operations, self.sparsity),
         }
+
+    @torch.no_grad()
+    def _note(self, means: Mapping[str, Tensor]) -> None:
+        is_new = not self.history_of_cost or self.history_of_cost[-1][0] < self.step  # batches may be accumulated
+        if not is_new or self.step % max(1, self._extract_at // _POINTS):
+            return
+        shares = torch.stack([mean.mean() for mean in means.values()]).tolist()
+        for name, share in zip(means, shares, strict=True):
+            self.history_of_gates.setdefault(name, []).append((self.step, share))
+        dense = sum(operation.cost for operation in self._operations)
+        self.history_of_cost.append((self.step, float(expected_cost(means, self._operations)) / dense))
+
+    def follow_cut(self, kept: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
+        super().follow_cut(kept)
+        self._layers, self._is_small = (), True
 
     def _count_step(self) -> None:
         super()._count_step()
@@ -311,15 +336,3 @@ class PolarizationGating(SparsityCallback):
                 "than 95 % of the training data. The static network differs from the gated one there. Let the weight "
                 "of `polarization` be larger or grow earlier, or extract later."
             )
-
-
-@contextmanager
-def _uncompiled(pl_module: L.LightningModule) -> Iterator[None]:
-    """Let copies of the module run their own layers: in a compiled one `forward` is an attribute bound to it."""
-    compiled = vars(pl_module).pop("forward", None) if getattr(pl_module, "_compiler_ctx", None) else None
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        if compiled is not None:
-            vars(pl_module)["forward"] = compiled

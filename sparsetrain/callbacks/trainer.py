@@ -1,12 +1,15 @@
 """What callbacks ask a Trainer: Lightning sets some of its attributes where type checkers do not see them."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
 
 from sparsetrain.steps import RunLength
 
@@ -51,3 +54,44 @@ def run_length(trainer: L.Trainer) -> RunLength:
     if steps_per_epoch is not None and trainer.max_epochs is not None and trainer.max_epochs != -1:
         limits.append(trainer.max_epochs * steps_per_epoch)
     return RunLength(steps_per_epoch, min(limits, default=None))
+
+
+def example_of(pl_module: L.LightningModule, input_shape: Sequence[int] | None, *, of: object) -> Tensor:
+    """A batch of one example to run a module on, on its device.
+
+    Args:
+        pl_module: the module.
+        input_shape: of one example without the batch, for zeros; None takes the module's `example_input_array`.
+        of: what needs it, for the error.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    weight = next(pl_module.parameters())
+    if input_shape is not None:
+        return torch.zeros(1, *input_shape, device=weight.device, dtype=weight.dtype)
+    example = pl_module.example_input_array
+    if not isinstance(example, Tensor):
+        raise ValueError(
+            f"{type(of).__name__} has no example to trace {type(pl_module).__name__} with. Give input_shape, such as "
+            "(3, 32, 32), or set the module's example_input_array to a tensor."
+        )
+    return example.to(weight.device, weight.dtype if example.is_floating_point() else None)
+
+
+@contextmanager
+def uncompiled(pl_module: L.LightningModule) -> Iterator[None]:
+    """Let copies of the module run their own layers: in a compiled one `forward` is an attribute bound to it."""
+    compiled = vars(pl_module).pop("forward", None) if getattr(pl_module, "_compiler_ctx", None) else None
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        if compiled is not None:
+            vars(pl_module)["forward"] = compiled
+
+
+def forget_compiled(pl_module: L.LightningModule) -> None:
+    """Compile again: compiled code does not notice that hooks come and go."""
+    if getattr(pl_module, "_compiler_ctx", None) or any(part._compiled_call_impl for part in pl_module.modules()):
+        torch.compiler.reset()

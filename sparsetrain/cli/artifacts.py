@@ -18,10 +18,10 @@ from sparsetrain import __version__
 from sparsetrain.callbacks import PolarizationGating, SparsityCallback
 from sparsetrain.callbacks.nm_training import NMTraining
 from sparsetrain.masks import Masks, Update, save_masks
-from sparsetrain.report import draw_sparsity, measure, report_table, write_sparsity_csv
+from sparsetrain.report import draw_gates, draw_sparsity, measure, report_table, write_sparsity_csv
 
 SUMMARY, CONFIG, MODEL = "summary.json", "config.yaml", "model.safetensors"
-SPARSITY, MASKS, PICTURE = "sparsity.csv", "masks.safetensors", "sparsity.png"
+SPARSITY, MASKS, PICTURE, GATES = "sparsity.csv", "masks.safetensors", "sparsity.png", "gates.png"
 
 
 class Artifacts(L.Callback):
@@ -72,6 +72,12 @@ class Artifacts(L.Callback):
             summary["backends"] = [asdict(decision) for decision in self.method.decisions]
         if isinstance(self.method, PolarizationGating) and self.method.extraction is not None:
             summary["extraction"] = asdict(self.method.extraction)
+            draw_gates(
+                self.folder / GATES,
+                self.method.history_of_gates,
+                cost=self.method.history_of_cost,
+                budget=1 - self.method.sparsity,
+            )
         write_json(self.folder / SUMMARY, summary)
 
 

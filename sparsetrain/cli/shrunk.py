@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sparsetrain import export
 from sparsetrain.callbacks import PolarizationGating, SparsityCallback
 from sparsetrain.cli.artifacts import network_of, of_stage
+from sparsetrain.export.architecture import Architecture
 from sparsetrain.patterns import Channel
 from sparsetrain.report import cost
 
@@ -46,15 +47,12 @@ def write_and_test(
         method: of the run, after the fit.
 
     Returns:
-        Entries of summary.json: parameters, FLOPs of one example, units removed, and test metrics of the network.
+        Entries of summary.json: parameters, FLOPs of one example, and test metrics of the smaller network.
     """
     network = network_of(module)
     example = example_input.to(next(network.parameters()).device)
     try:
-        units = _units(module, network, example, method)
-        if not units:
-            raise ValueError("No channel was cut off whole.")
-        small = export.shrink(network, units, example)
+        small = _small(module, network, example, method)
     except (ImportError, ValueError, RuntimeError) as error:  # the training is done, and what it left is written
         rank_zero_warn(f"No smaller network was written. {error}")
         return {}
@@ -63,7 +61,6 @@ def write_and_test(
     metrics = dict(next(iter(evaluator.test(_holding(small, module), datamodule=datamodule, verbose=False)), {}))
     return {
         "shrunk": {
-            "units": len(units),
             "parameters": sum(parameter.numel() for parameter in small.parameters()),
             "flops": sum(cost(small, example).values()),
             "test": of_stage(metrics, "test"),
@@ -80,19 +77,22 @@ def _holding(small: nn.Module, module: L.LightningModule) -> L.LightningModule:
     return holder
 
 
-def _units(
-    module: L.LightningModule, network: nn.Module, example: Tensor, method: SparsityCallback
-) -> tuple[export.Unit, ...]:
-    """What was cut off from `network`, by the names of its own tensors."""
+def _small(module: L.LightningModule, network: nn.Module, example: Tensor, method: SparsityCallback) -> nn.Module:
+    """`network` without what was cut off from it; after `Shrinking` it is so already."""
+    if not Architecture.of(network).is_whole:
+        return network
     prefix = next(f"{name}.".removeprefix(".") for name, part in module.named_modules() if part is network)
-    if not isinstance(method, PolarizationGating):
+    if isinstance(method, PolarizationGating):
+        units = tuple(_without(prefix, unit) for unit in method.units)
+    else:
         masks = {name.removeprefix(prefix): mask for name, mask in method.masks.items()}
-        return export.pruned_units(export.units(network, example), masks)
-    return tuple(
-        replace(
-            unit,
-            name=unit.name.removeprefix(prefix),
-            slices=tuple(replace(piece, tensor=piece.tensor.removeprefix(prefix)) for piece in unit.slices),
-        )
-        for unit in method.units
-    )
+        units = export.pruned_units(export.units(network, example), masks)
+    if not units:
+        raise ValueError("Nothing was cut off whole.")
+    return export.shrink(network, units, example)
+
+
+def _without(prefix: str, unit: export.Unit) -> export.Unit:
+    """The unit by the names that its tensors have in a part of the module."""
+    slices = tuple(replace(piece, tensor=piece.tensor.removeprefix(prefix)) for piece in unit.slices)
+    return replace(unit, name=unit.name.removeprefix(prefix), slices=slices)

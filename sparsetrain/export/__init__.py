@@ -1,5 +1,6 @@
 """What a trained network may be given to: N:M weights for sparse kernels, and physically smaller networks."""
 
+from sparsetrain.export.blocks import blocks
 from sparsetrain.export.files import load_shrunk, save_shrunk
 from sparsetrain.export.graph import Slice
 from sparsetrain.export.nm import ExportRow, check_nm, to_semi_structured
@@ -10,6 +11,7 @@ __all__ = [
     "ExportRow",
     "Slice",
     "Unit",
+    "blocks",
     "check_nm",
     "load_shrunk",
     "pruned_units",

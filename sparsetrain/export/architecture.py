@@ -1,16 +1,16 @@
-"""Which channels of a base model a smaller one has kept, and how tensors are cut to them."""
+"""Which channels and blocks of a base model a smaller one has kept, and how tensors are cut to them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from sparsetrain.export.attention import attentions
+from sparsetrain.masks import take
 
 Kept = Mapping[str, Mapping[int, tuple[int, ...]]]
 """Tensor name -> dimension -> the places kept along it; what is not named is kept whole."""
@@ -26,11 +26,13 @@ class Architecture:
         shapes: of the base model's tensors, by their names in its state dict.
         kept: what is left of them.
         biases: layers that got a bias that they do not have in the base model.
+        blocks: modules in whose place is an identity.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     kept: Kept = field(default_factory=dict)
     biases: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -38,14 +40,45 @@ class Architecture:
         noted = getattr(model, _ATTRIBUTE, None)
         return noted if isinstance(noted, cls) else cls(base_shapes(model))
 
-    def then(self, kept: Kept, biases: Iterable[str]) -> Self:
+    def then(self, kept: Kept, biases: Iterable[str], blocks: Iterable[str] = ()) -> Self:
         """The architecture after another cut, whose places count what is left by this one."""
+        removed = outermost((*self.blocks, *blocks))
         merged = {name: dict(dims) for name, dims in self.kept.items()}
         for name, dims in kept.items():
             for dim, places in dims.items():
                 before = merged.setdefault(name, {}).get(dim)
                 merged[name][dim] = places if before is None else tuple(before[place] for place in places)
-        return type(self)(self.shapes, merged, (*self.biases, *biases))
+        left = {name: dims for name, dims in merged.items() if not is_inside(name, removed)}
+        added = tuple(name for name in (*self.biases, *biases) if not is_inside(f"{name}.bias", removed))
+        return type(self)(self.shapes, left, added, removed)
+
+    def apply_(self, model: nn.Module) -> None:
+        """Bring a base model to this architecture, in place; its tensors keep their values in what is left."""
+        remove_(model, self.blocks)
+        add_biases_(model, self.biases)
+        cut_(model, self.kept)
+        self.note(model)
+
+    def state(self) -> dict[str, Any]:
+        """All of it in primitives, for JSON and checkpoints."""
+        return {
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "kept": {name: {str(dim): list(p) for dim, p in dims.items()} for name, dims in self.kept.items()},
+            "biases": list(self.biases),
+            "blocks": list(self.blocks),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The architecture of a `state`."""
+        kept = {name: {int(dim): tuple(p) for dim, p in dims.items()} for name, dims in state["kept"].items()}
+        shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
+        return cls(shapes, kept, tuple(state["biases"]), tuple(state["blocks"]))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing was removed."""
+        return not (self.kept or self.blocks)
 
     def note(self, model: nn.Module) -> None:
         """Leave it with `model`, whose state dict and copies are otherwise as those of the base model."""
@@ -55,6 +88,24 @@ class Architecture:
 def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, of a whole state dict."""
     return {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def is_inside(name: str, modules: Iterable[str]) -> bool:
+    """Whether a module or tensor called `name` belongs to one of `modules`."""
+    return any(name.startswith(f"{module}.") for module in modules)
+
+
+def outermost(modules: Iterable[str]) -> tuple[str, ...]:
+    """Those of `modules` that lie in none of the others."""
+    names = tuple(modules)
+    return tuple(name for name in names if not is_inside(name, names))
+
+
+def remove_(model: nn.Module, blocks: Iterable[str]) -> None:
+    """Put an identity in the place of each of `blocks`."""
+    for name in blocks:
+        identity = nn.Identity().train(model.get_submodule(name).training)
+        model.set_submodule(name, identity)
 
 
 def add_biases_(model: nn.Module, layers: Iterable[str]) -> None:
@@ -79,9 +130,7 @@ def cut_(model: nn.Module, kept: Kept) -> None:
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
         tensor = getattr(owner, attribute)
-        small = tensor.detach()
-        for dim, places in dims.items():
-            small = small.index_select(dim, torch.tensor(places, device=small.device))
+        small = take(tensor.detach(), dims)
         if isinstance(tensor, nn.Parameter):
             small = nn.Parameter(small, requires_grad=tensor.requires_grad)
         setattr(owner, attribute, small)

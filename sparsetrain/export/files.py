@@ -1,4 +1,4 @@
-"""Smaller networks as files: which channels of the base model remain, and their weights."""
+"""Smaller networks as files: which channels and blocks of the base model remain, and their weights."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from sparsetrain.export.architecture import Architecture, Kept, add_biases_, base_shapes, cut_
+from sparsetrain.export.architecture import Architecture, base_shapes
 
 _ARCHITECTURE, _WEIGHTS = "architecture.json", "model.safetensors"
 
@@ -24,18 +24,11 @@ def save_shrunk(folder: str | Path, model: nn.Module) -> None:
         ValueError: nothing was removed from the model.
     """
     architecture = Architecture.of(model)
-    if not architecture.kept:
+    if architecture.is_whole:
         raise ValueError(f"Nothing was removed from this {type(model).__name__}. Save its state dict instead.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = {
-        "format": 1,
-        "shapes": {name: list(shape) for name, shape in architecture.shapes.items()},
-        "kept": {
-            name: {str(dim): list(places) for dim, places in dims.items()} for name, dims in architecture.kept.items()
-        },
-        "biases": list(architecture.biases),
-    }
+    text = {"format": 1, **architecture.state()}
     (folder / _ARCHITECTURE).write_text(json.dumps(text))
     save_model(model, str(folder / _WEIGHTS))
 
@@ -65,10 +58,8 @@ def load_shrunk(base_model: nn.Module, folder: str | Path) -> nn.Module:
                 f"{here or 'missing'} in this {type(base_model).__name__}. Build the model that was shrunk."
             )
     small = copy.deepcopy(base_model)
-    add_biases_(small, architecture.biases)
-    cut_(small, architecture.kept)
+    architecture.apply_(small)
     load_model(small, folder / _WEIGHTS)
-    architecture.note(small)
     return small
 
 
@@ -76,8 +67,4 @@ def _read(path: Path) -> Architecture:
     content: dict[str, Any] = json.loads(path.read_text())
     if content.get("format") != 1:
         raise ValueError(f"{path} has format {content.get('format')!r}; this version reads 1. Update sparsetrain.")
-    kept: Kept = {
-        name: {int(dim): tuple(places) for dim, places in dims.items()} for name, dims in content["kept"].items()
-    }
-    shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
-    return Architecture(shapes, kept, tuple(content["biases"]))
+    return Architecture.from_state(content)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from sparsetrain.export.architecture import Architecture, add_biases_, cut_, out_dim
+from sparsetrain.export.architecture import (
+    Architecture,
+    add_biases_,
+    cut_,
+    is_inside,
+    out_dim,
+    outermost,
+    remove_,
+)
 from sparsetrain.export.graph import Slice
 from sparsetrain.export.units import Unit
 
@@ -20,12 +29,13 @@ _ROUNDING = 1e-12  # what a constant may vary by, and a layer's output by what i
 def silence(model: nn.Module, units: Sequence[Unit]) -> None:
     """Zero in place the weights that read `units`: the model then computes what it would if these emitted zeros.
 
-    This changes what the model computes, unless nothing read the units before. It is how a gate is closed for good.
+    Of a block, what closes it is zeroed: the model then computes what it would without the block. This changes what the
+    model computes, unless nothing read the units before. It is how a gate is closed for good.
 
     Raises:
         ValueError: units of another model.
     """
-    _kept(model, units)
+    kept_places(model, units)
     with torch.no_grad():
         for unit in units:
             for piece in unit.part("reads"):
@@ -44,24 +54,32 @@ def shrink(model: nn.Module, units: Sequence[Unit], example_input: Tensor) -> nn
       constant moves into the bias of the layers that read it, which get one if they had none. A convolution that pads
       with zeros would read another value at the borders: there it must be 0.
 
+    A block must be closed already: the parameters that close it are all 0, as `silence` leaves them. In its place comes
+    an `nn.Identity`; what other units have in it goes with it.
+
     The original is left alone: until the copy is verified it is the only good network. Verified is, in float64 and
     evaluation mode, on the example and on random values of its shape, that no output differs by more than 1e-9
     (relative to the largest, if that is above 1).
 
     Args:
         model: a plain one, without gates or effective layers.
-        units: of `units` for this model, or those of them that `pruned_units` found; not all of one layer.
+        units: of `units` and `blocks` for this model, or those of them that `pruned_units` found; not all channels of
+            one layer.
         example_input: a batch, shape (batch, ...), on the model's device.
 
     Returns:
-        A module of the same class, training mode and dtypes with fewer channels, which trains, compiles and exports as
-        any other; `save_shrunk` saves it.
+        A module of the same class, training mode and dtypes with fewer channels or blocks, which trains, compiles and
+        exports as any other; `save_shrunk` saves it.
 
     Raises:
         ValueError: units of another model; all of one layer; a unit in use, or that emits what cannot be folded.
         RuntimeError: the smaller model computes something else; the message names the first layer that does.
     """
-    kept = _kept(model, units)
+    closed = [unit for unit in units if unit.is_block]
+    removed = outermost(unit.name for unit in closed)
+    units = _outside(units, removed)
+    kept = kept_places(model, [*closed, *units])
+    _check_closed(model, closed)
     exact = copy.deepcopy(model).double().eval()
     examples = _examples(example_input)
     shifts = _shifts(exact, units, examples)
@@ -72,6 +90,7 @@ def shrink(model: nn.Module, units: Sequence[Unit], example_input: Tensor) -> nn
             kept[f"{name}.bias"] = {0: rows}
 
     def cut(copied: nn.Module) -> nn.Module:
+        remove_(copied, removed)
         add_biases_(copied, biases)
         with torch.no_grad():
             for name, shift in shifts.items():
@@ -82,24 +101,30 @@ def shrink(model: nn.Module, units: Sequence[Unit], example_input: Tensor) -> nn
 
     _check_same(exact, cut(copy.deepcopy(exact)), examples)
     small = cut(copy.deepcopy(model))
-    Architecture.of(model).then(kept, biases).note(small)
+    Architecture.of(model).then(kept, biases, removed).note(small)
     return small
 
 
-def _kept(model: nn.Module, units: Sequence[Unit]) -> dict[str, dict[int, tuple[int, ...]]]:
-    """What is left of each tensor without `units`."""
+def kept_places(model: nn.Module, units: Sequence[Unit]) -> dict[str, dict[int, tuple[int, ...]]]:
+    """What is left of each tensor without `units`; blocks take none.
+
+    Raises:
+        ValueError: units of another model, or all of a layer.
+    """
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
     removed: dict[tuple[str, int], set[int]] = {}
     for unit in units:
         for piece in unit.slices:
             shape = shapes.get(piece.tensor)
-            if shape is None or max(piece.index) >= shape[piece.dim]:
+            length = 0 if shape is None else (*shape, 1)[piece.dim]  # a scalar has one place
+            if max(piece.index) >= length or (unit.is_block and len(piece.index) != length):
                 size = "no such tensor" if shape is None else f"shape {tuple(shape)}"
                 raise ValueError(
                     f"Unit {unit.name!r} belongs to another model: it lies in {piece.tensor!r} at "
                     f"{max(piece.index)} of dimension {piece.dim}, and this one has {size}. List the units anew."
                 )
-            removed.setdefault((piece.tensor, piece.dim), set()).update(piece.index)
+            if not unit.is_block:
+                removed.setdefault((piece.tensor, piece.dim), set()).update(piece.index)
     kept: dict[str, dict[int, tuple[int, ...]]] = {}
     for (name, dim), places in removed.items():
         left = tuple(place for place in range(shapes[name][dim]) if place not in places)
@@ -107,6 +132,31 @@ def _kept(model: nn.Module, units: Sequence[Unit]) -> dict[str, dict[int, tuple[
             raise ValueError(f"Nothing would be left of {name!r} along dimension {dim}. Keep one of its units.")
         kept.setdefault(name, {})[dim] = left
     return kept
+
+
+def _outside(units: Sequence[Unit], blocks: Sequence[str]) -> list[Unit]:
+    """The units that are no blocks, as far as they lie in none of `blocks`."""
+    left = [
+        replace(unit, slices=tuple(piece for piece in unit.slices if not is_inside(piece.tensor, blocks)))
+        for unit in units
+        if not unit.is_block
+    ]
+    return [unit for unit in left if unit.slices]
+
+
+def _check_closed(model: nn.Module, blocks: Sequence[Unit]) -> None:
+    """Raise if one of `blocks` computes something.
+
+    Raises:
+        ValueError: it does; with the parameter that should be 0.
+    """
+    for unit in blocks:
+        for piece in unit.slices:
+            if _part(model, piece).any():
+                raise ValueError(
+                    f"The block {unit.name!r} is still in use: {piece.tensor!r} is not 0. Call silence(model, units) "
+                    "first, which changes what the model computes."
+                )
 
 
 def _shifts(exact: nn.Module, units: Sequence[Unit], examples: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -224,7 +274,8 @@ def _check_same(exact: nn.Module, small: nn.Module, examples: Sequence[Tensor]) 
         distances = {name: _distance(outputs, made[name]) for name, outputs in expected.items() if name in made}
         if failure is None and distances[""] <= _TOLERANCE:
             continue
-        missing = next((name for name in expected if name not in made), "")
+        left = {name for name, _ in small.named_modules()}
+        missing = next((name for name in expected if name in left and name not in made), "")
         broken = missing or next((name for name, distance in distances.items() if not distance <= _TOLERANCE), "")
         raise RuntimeError(
             f"Without the units, layer {broken!r} of {type(small).__name__} is the first to compute something else"

@@ -1,7 +1,7 @@
-"""The units of a network: channels, hidden units and heads that can be removed whole, from every tensor they lie in."""
+"""The units of a network: what can be removed whole, from every tensor that it lies in."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,20 +14,23 @@ from sparsetrain.report.measure import cost
 
 @dataclass(frozen=True)
 class Unit:
-    """What is removed together: a channel of all layers that share it, a hidden unit, or an attention head.
+    """What is removed together: a channel of all layers that share it, a hidden unit, an attention head, or a block.
 
     Args:
-        name: the layer that writes it, or the attention that holds it, and its number: "layer1.0.conv1[3]".
-        slices: its parts.
+        name: the layer that writes it, or the attention that holds it, and its number: "layer1.0.conv1[3]"; that of a
+            block's module: "layer1.1".
+        slices: its parts; of a block, the parameters that close it when they are 0.
         parameters: parameters in them.
         flops: FLOPs of one example that go if this unit alone is removed. The costs of two units do not add up where
             one layer writes the one and reads the other; count those of the smaller network with `report.cost`.
+        is_block: whether it is a whole block, as `blocks` finds them.
     """
 
     name: str
     slices: tuple[Slice, ...]
     parameters: int
     flops: int
+    is_block: bool = False
 
     def part(self, role: Role) -> tuple[Slice, ...]:
         """The slices of one role."""
@@ -57,8 +60,7 @@ def units(model: nn.Module, example_input: Tensor) -> tuple[Unit, ...]:
         ValueError: the model cannot be traced, has nothing removable (with the reasons), or still computes with
             effective weights.
     """
-    if any(True for _ in effective_layers(model)):
-        raise ValueError(f"{type(model).__name__} holds the dense master of effective weights; call ops.fold first.")
+    check_folded(model)
     found, reasons = coupled(model, example_input)
     if not found:
         raise ValueError(
@@ -89,10 +91,11 @@ def units(model: nn.Module, example_input: Tensor) -> tuple[Unit, ...]:
 def pruned_units(found: Sequence[Unit], masks: Mapping[str, Tensor]) -> tuple[Unit, ...]:
     """Those of `found` that masks have cut off: nothing writes them, or nothing reads them.
 
-    A unit of coupled layers is cut off when *all* weights that write it are pruned, or all that read it are.
+    A unit of coupled layers is cut off when *all* weights that write it are pruned, or all that read it are; a block is
+    when all parameters that close it are, norms and biases too.
 
     Args:
-        found: by `units`, of the module to which the masks belong.
+        found: by `units` or `blocks`, of the module to which the masks belong.
         masks: parameter name -> bool tensor, True = kept, such as those of `GradualMagnitudePruning` with `Channel()`.
 
     Returns:
@@ -100,14 +103,29 @@ def pruned_units(found: Sequence[Unit], masks: Mapping[str, Tensor]) -> tuple[Un
     """
     masks = {name: mask.cpu() for name, mask in masks.items()}
 
-    def pruned(pieces: tuple[Slice, ...]) -> bool:
-        weights = [piece for piece in pieces if piece.tensor.endswith("weight")]
+    def pruned(pieces: Iterable[Slice]) -> bool:
         return all(
             piece.tensor in masks and not masks[piece.tensor].index_select(piece.dim, torch.tensor(piece.index)).any()
-            for piece in weights
+            for piece in pieces
         )
 
-    return tuple(unit for unit in found if pruned(unit.part("writes")) or pruned(unit.part("reads")))
+    def is_cut_off(unit: Unit) -> bool:
+        if unit.is_block:
+            return pruned(unit.slices)
+        sides = (unit.part("writes"), unit.part("reads"))
+        return any(pruned(piece for piece in side if piece.tensor.endswith("weight")) for side in sides)
+
+    return tuple(unit for unit in found if is_cut_off(unit))
+
+
+def check_folded(model: nn.Module) -> None:
+    """Raise if `model` does not compute with its own parameters.
+
+    Raises:
+        ValueError: it holds the dense master of effective weights.
+    """
+    if any(True for _ in effective_layers(model)):
+        raise ValueError(f"{type(model).__name__} holds the dense master of effective weights; call ops.fold first.")
 
 
 def _share(slices: Sequence[Slice], tensor: str, shape: Sequence[int]) -> float:

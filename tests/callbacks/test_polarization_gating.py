@@ -3,9 +3,10 @@ from typing import Any
 
 import lightning as L
 import pytest
+import timm
 import torch
 from callbacks.recording import Quiet
-from conformance.harness import PlainModule, Run, SaveEverywhere, SaveNowhere, TinyModule, fit, loaders, samples
+from conformance.harness import PlainModule, Run, SaveEverywhere, SaveNowhere, TinyModule, Watch, fit, loaders, samples
 from conformance.test_exact_resume import resumed_differences
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from sparsetrain import PolarizationGating, Selection, export
 from sparsetrain.callbacks import LinearWeight
 from sparsetrain.callbacks.gate_training import GateTraining
-from sparsetrain.callbacks.gated import GatedLayer, close_, gated_layers, operations
+from sparsetrain.callbacks.gated import GatedLayer, close_, closed_units, gated_blocks, gated_layers, masked, operations
 from sparsetrain.callbacks.polarization import Extraction
 from sparsetrain.data import InMemoryLoader
 from sparsetrain.gates import gates_of, wrap_channels
@@ -153,16 +154,17 @@ def test_the_cost_of_closed_gates_is_that_of_the_network_without_their_channels(
     closed = [unit for x in layers for unit, kept in zip(x.units, opened[x.name], strict=True) if not kept]
     small = export.shrink(model, closed, example)
 
-    def count_of(network: nn.Module) -> int:
-        if measure == "flops":
-            return sum(cost(network, example).values())
-        return sum(parameter.numel() for parameter in network.parameters())
-
     gates = {name: mask.double() for name, mask in opened.items()}
     whole = operations(model, layers, example, measure)
-    assert float(expected_cost(gates, whole)) == pytest.approx(count_of(small))
-    assert sum(operation.cost for operation in whole) == pytest.approx(count_of(model))
-    assert count_of(small) < 0.9 * count_of(model)
+    assert float(expected_cost(gates, whole)) == pytest.approx(count_of(small, example, measure))
+    assert sum(operation.cost for operation in whole) == pytest.approx(count_of(model, example, measure))
+    assert count_of(small, example, measure) < 0.9 * count_of(model, example, measure)
+
+
+def count_of(network: nn.Module, example: Tensor, measure: str) -> int:
+    if measure == "flops":
+        return sum(cost(network, example).values())
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def test_channels_that_a_linear_layer_reads_flattened_are_gated_as_a_whole():
@@ -176,6 +178,45 @@ def test_channels_that_a_linear_layer_reads_flattened_are_gated_as_a_whole():
         channels = model.net[:5](x)
         channels[:, 1] = 0
         torch.testing.assert_close(gated, model.net[5:](channels))
+
+
+def small_vit() -> nn.Module:
+    settings = {"img_size": 16, "patch_size": 8, "depth": 3, "embed_dim": 12, "num_heads": 3}
+    return timm.create_model("vit_tiny_patch16_224", num_classes=5, **settings)
+
+
+@pytest.mark.parametrize("measure", ["flops", "params"])
+@pytest.mark.parametrize(
+    ("make", "shape", "closed", "features"),
+    [
+        (lambda: CifarResNet(20, 3, width=4), (3, 8, 8), ("layer1.1", "layer3.2"), {(4, -3), (8, -3), (16, -3)}),
+        (small_vit, (3, 16, 16), ("blocks.0", "blocks.2"), {(12, -1)}),
+    ],
+    ids=["residual", "transformer"],
+)
+def test_the_cost_of_closed_blocks_is_that_of_the_network_without_them(make, shape, closed, features, measure):
+    torch.manual_seed(0)
+    model, example = make().eval(), torch.randn(2, *shape)
+    blocks = gated_blocks(model, example, Selection())
+    assert {(block.features, block.axis) for block in blocks} == features
+    opened = {block.name: torch.tensor([block.name not in closed]) for block in blocks}
+    masks = {name: torch.ones_like(model.get_parameter(name)) != 0 for name in masked(model, blocks)}
+    assert closed_units(blocks, masks) == ()
+    close_(blocks, opened, masks)
+    assert {name for name, mask in masks.items() if not mask.any()} == {
+        name for name in masks if name.startswith(tuple(f"{block}." for block in closed))
+    }
+    with torch.no_grad():
+        for name, mask in masks.items():
+            model.get_parameter(name).masked_fill_(~mask, 0)
+    units = closed_units(blocks, masks)
+    assert tuple(unit.name for unit in units) == closed
+    assert units == export.pruned_units(export.blocks(model, example), masks)
+    small = export.shrink(model, units, example)
+    gates = {name: mask.double() for name, mask in opened.items()}
+    whole = operations(model, blocks, example, measure)
+    assert float(expected_cost(gates, whole)) == pytest.approx(count_of(small, example, measure))
+    assert sum(operation.cost for operation in whole) == pytest.approx(count_of(model, example, measure))
 
 
 @undecided
@@ -220,6 +261,99 @@ def test_the_static_network_computes_what_the_gated_one_did_where_all_gates_agre
     torch.testing.assert_close(before, after)
     assert [unit.name for unit in callback.units] == [f"body.5[{number}]" for number in range(0, 16, 2)]
     assert callback.extraction == Extraction(8, callback.extraction.cost, 16, 8, 0.0, 0)
+
+
+class Branch(nn.Module):
+    """relu(x + f(x)), f of two convolutions with or without batch norm."""
+
+    def __init__(self, width: int, *, norm: bool) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.norm(self.conv2(torch.relu(self.conv1(x)))))
+
+
+class ResidualModule(TinyModule):
+    """`TinyModule` with two blocks; each takes 9216 FLOPs, and all else 3296."""
+
+    def __init__(self, *, norm: bool = True) -> None:
+        super().__init__()
+        first, scale, *rest = self.body
+        blocks = (Branch(4, norm=norm) for _ in BLOCKS)
+        self.body = nn.Sequential(first, scale if norm else nn.Identity(), rest[0], *blocks, *rest[1:])
+
+
+BLOCKS = ("body.3", "body.4")
+
+
+def block_gating(**settings: Any) -> PolarizationGating:
+    return gating(**({"granularity": "layer", "hidden": None, "check": "full"} | settings))
+
+
+def test_closed_blocks_are_zero_from_the_extraction_on_and_leave_a_network_of_the_cost_that_was_found(tmp_path):
+    watch, saver = Watch(), SaveEverywhere(tmp_path)
+    run = fit(block_gating(), watch, saver, make=ResidualModule)
+    callback, module, x = run.callback, run.module.eval(), samples()[0] / 64 - 2
+    assert watch.seen.keys() >= {"step", "batch end", "validation", "checkpoint", "end"}
+    tensors = [f"{part}.weight" for part in ("conv1", "conv2", "norm")] + ["norm.bias"]
+    assert list(callback.masks) == [f"{block}.{tensor}" for block in BLOCKS for tensor in tensors]
+    (unit,) = callback.units
+    assert unit.is_block
+    assert not any(module.get_parameter(f"{unit.name}.{tensor}").any() for tensor in tensors)
+    small = export.shrink(module, callback.units, x)
+    assert type(small.get_submodule(unit.name)) is nn.Identity
+    torch.testing.assert_close(small(x), module(x))
+    assert callback.extraction.cost == pytest.approx(12512 / 21728)  # the nearest to 0.7 that is at most this
+    assert sum(cost(small, x).values()) == 12512
+    for saved in saver.saved[-2:]:
+        plain = ResidualModule().eval()
+        plain.load_state_dict(torch.load(saved.path, weights_only=True)["state_dict"])
+        assert torch.equal(plain(x), module(x))
+
+
+def test_blocks_are_chosen_by_the_weights_in_them_and_a_budget_may_close_all():
+    where = Selection(include=("body.4.conv1.weight", "head.weight"))
+    run = fit(block_gating(where=where, sparsity=0.2), make=ResidualModule)
+    assert [unit.name for unit in run.callback.units] == ["body.4"]
+    assert run.callback.extraction.gates == 1
+    run = fit(block_gating(sparsity=0.8), make=ResidualModule)
+    assert [unit.name for unit in run.callback.units] == list(BLOCKS)
+
+
+def test_the_static_network_computes_what_the_gated_one_did_where_blocks_are_closed():
+    class Decided(PolarizationGating):
+        """Its first block is closed when the network is extracted, its second open."""
+
+        def _extract(self, training: GateTraining) -> None:
+            with torch.no_grad():
+                for (_, parameter), logit in zip(training._parameters(), (-1.0, 1.0), strict=True):
+                    parameter.fill_(logit)
+            self.outputs = []
+            for extract in (lambda: None, lambda: super(Decided, self)._extract(training)):
+                training.pl_module.eval()
+                extract()
+                self.outputs.append(training.pl_module(samples()[0] / 64 - 2).detach())
+                training.pl_module.train()
+
+    # Batch norm's statistics are made anew at the extraction.
+    callback = fit(gating(Decided, granularity="layer", hidden=None), make=lambda: ResidualModule(norm=False)).callback
+    before, after = callback.outputs
+    torch.testing.assert_close(before, after)
+    assert [unit.name for unit in callback.units] == ["body.3"]
+    assert callback.extraction == Extraction(8, callback.extraction.cost, 2, 1, 0.0, 0)
+
+
+@undecided
+def test_block_gates_that_look_at_the_input_resume_bit_identically_before_and_after_the_extraction(tmp_path):
+    def train(*callbacks: L.Callback, **settings: Any) -> Run:
+        return fit(block_gating(extract_at=5, hidden=4), *callbacks, make=ResidualModule, **settings)
+
+    saver = SaveEverywhere(tmp_path)
+    full = train(saver)
+    for saved in (saver.saved[2], saver.saved[6]):
+        assert not list(resumed_differences(full, train(SaveNowhere(), ckpt_path=saved.path), saved))
 
 
 @undecided
@@ -294,7 +428,7 @@ class Functional(PlainModule):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"granularity": "layer"}, r"granularity='layer' is not supported; only 'channel' is"),
+        ({"granularity": "block"}, r"granularity='block' is unknown\. Choose 'channel' or 'layer'"),
         ({"sparsity": 1.0}, r"sparsity=1\.0 is the share of the cost to remove, which lies in \(0, 1\)"),
         ({"measure": "time"}, r"measure='time' is unknown\. Choose 'flops' or 'params'"),
         ({"gate_lr": 0.0}, r"gate_lr=0\.0 is a learning rate, which is above 0"),
@@ -326,6 +460,22 @@ def test_settings_out_of_range_are_refused_at_construction(settings, message):
             r"no layer that can be gated with .*'head': its channels cannot be removed\. Gated are",
         ),
         ({"where": Selection(include=("tail.weight",))}, TinyModule, r"'tail.weight' matches no parameter"),
+        ({"granularity": "layer"}, TinyModule, r"no block that can be gated with .*'body': it makes a tensor of shape"),
+        (
+            {"granularity": "layer", "where": Selection(include=("head.weight",))},
+            ResidualModule,
+            r"ResidualModule has no block that can be gated with .*: no module holds",
+        ),
+        (
+            {"granularity": "layer", "sparsity": 0.9},
+            ResidualModule,
+            r"sparsity=0\.9 cannot be met: .* 0\.1517 of the flops",
+        ),
+        (
+            {"granularity": "layer", "input_shape": (1, 5, 5)},
+            ResidualModule,
+            r"cannot run in float64 on an input of shape",
+        ),
         ({}, Manual, r"Manual optimizes manually"),
         ({}, Functional, r"gates of 'body.5' multiply|'body.5' .* has run without 'body.5' before it"),
     ],

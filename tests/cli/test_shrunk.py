@@ -22,28 +22,34 @@ def configuration(folder: Path, *overrides: str) -> DictConfig:
     return compose(*DENSE, *overrides, output_dir=folder)
 
 
-@pytest.mark.parametrize("method", [CHANNELS, GATES], ids=["channels", "gates"])
+DURING = "+callbacks.shrink={_target_:sparsetrain.Shrinking,at:10it,input_shape:[1,4,4]}"
+
+
+@pytest.mark.parametrize("method", [CHANNELS, GATES, (*GATES, DURING)], ids=["channels", "gates", "gates, in the fit"])
 def test_a_run_leaves_the_smaller_network_with_the_same_outputs_and_its_cost_and_metrics(method, tmp_path):
     exclude = ("method.pruning.where.exclude=[network.fc1.weight]",) if method is CHANNELS else ()
+    during = DURING in method
     train(configuration(tmp_path, *method, *exclude))
     summary = json.loads((tmp_path / "summary.json").read_text())
     network = LeNet300100((1, 4, 4), num_classes=3)
     small = load_shrunk(network, tmp_path / "shrunk")
-    network.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    (small if during else network).load_state_dict(load_file(tmp_path / "model.safetensors"))
     images = torch.randn(5, 1, 4, 4)
-    with torch.no_grad():
-        torch.testing.assert_close(small(images), network(images))
-    facts = summary["shrunk"]
-    assert facts["flops"] == sum(cost(small, images).values()) < 0.7 * summary["dense_flops"]
+    if not during:
+        with torch.no_grad():
+            torch.testing.assert_close(small(images), network(images))
+    facts, dense = summary["shrunk"], sum(cost(network, images).values())
+    assert facts["flops"] == sum(cost(small, images).values()) < 0.7 * dense
     assert facts["parameters"] == sum(parameter.numel() for parameter in small.parameters())
     assert facts["test"] == pytest.approx(summary["test"], abs=1e-6)
-    assert ("extraction" in summary) == (method is GATES)
-    assert method is CHANNELS or summary["extraction"]["cost"] == facts["flops"] / summary["dense_flops"]
+    assert ("extraction" in summary) == (method is not CHANNELS)
+    assert method is CHANNELS or summary["extraction"]["cost"] == pytest.approx(facts["flops"] / dense)
+    assert (tmp_path / "gates.png").exists() == (method is not CHANNELS)
 
 
 def test_a_network_that_cannot_be_made_smaller_is_left_with_the_reason(tmp_path):
     # The masked channels are those of the images, which no layer writes.
-    with pytest.warns(UserWarning, match=r"No smaller network was written\. No channel was cut off whole\."):
+    with pytest.warns(UserWarning, match=r"No smaller network was written\. Nothing was cut off whole\."):
         train(configuration(tmp_path, *CHANNELS, "method.pruning.where.include=[network.fc1.weight]"))
     assert "shrunk" not in json.loads((tmp_path / "summary.json").read_text())
     assert not (tmp_path / "shrunk").exists()

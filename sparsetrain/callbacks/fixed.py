@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.callbacks.base import SparsityCallback
-from sparsetrain.masks import Pruning, load_masks, masks_in
+from sparsetrain.masks import Masks, Pruning, load_masks, masks_in
 from sparsetrain.selection import Selection
 
 
@@ -34,6 +34,10 @@ class FixedMasks(SparsityCallback):
 
     def target(self, step: int) -> float | None:
         return None
+
+    def _begin(self) -> None:
+        super()._begin()
+        self.masks = Masks(self.pruning, also=self._given)  # norms too, which close the blocks that were removed
 
     def initialize(self) -> None:
         self.masks.replace(self._given, "The given masks")

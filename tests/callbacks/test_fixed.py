@@ -72,3 +72,13 @@ def test_the_final_sparsity_holds_from_the_start(masks):
     callback = fit(FixedMasks(masks)).callback
     assert callback.final_step() == 0
     assert callback.at_target
+
+
+def test_a_norm_may_have_a_mask_too_as_that_of_a_closed_block_has(masks):
+    masks |= {name: torch.tensor([True, False, False, True]) for name in ("body.1.weight", "body.1.bias")}
+    run = fit(FixedMasks(masks, check="full"))
+    assert have(run.callback, masks)
+    for name, mask in masks.items():
+        weight = run.module.get_parameter(name)
+        assert not weight[~mask].any()
+        assert weight[mask].all()

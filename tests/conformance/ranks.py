@@ -6,11 +6,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from conformance.harness import SaveEverywhere, TinyModule, fit, samples, seed_all
+from conformance.harness import Run, SaveEverywhere, TinyModule, fit, samples, seed_all
 from conformance.methods import METHODS
 from torch import Tensor, multiprocessing, nn
 
-from sparsetrain.callbacks import L1Penalty
+from sparsetrain import PolarizationGating, Selection
+from sparsetrain.callbacks import L1Penalty, LinearWeight
 from sparsetrain.data import InMemoryLoader
 
 MOMENTS = ("004-005-batch", "011-010-epoch")
@@ -35,6 +36,32 @@ class EvenModule(RankedModule):
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         return batch
+
+
+def gating() -> PolarizationGating:
+    """Gates of `EvenModule` that look at the input; they become a static network before the last step."""
+    return PolarizationGating(
+        sparsity=0.3,
+        extract_at=14,
+        polarization=LinearWeight(1.0, 0, 10),
+        budget=LinearWeight(10.0, 0, 5),
+        gate_lr=0.1,
+        hidden=4,
+        input_shape=(1, 4, 4),
+        where=Selection(include=("body.1.weight",)),
+    )
+
+
+def decisions(run: Run) -> dict[str, Any]:
+    """What the gates did, and what they became."""
+    callback = run.callback
+    open_, cost = callback.history_of_gates, callback.history_of_cost
+    return {
+        "open": open_,
+        "cost": cost,
+        "closed": [unit.name for unit in callback.units],
+        "masks": dict(callback.masks),
+    }
 
 
 class OwnSeed(L.Callback):
@@ -71,7 +98,7 @@ def run_on_two(folder: Path, port: int) -> None:
 
 
 def work(rank: int, folder: Path, port: int) -> None:
-    """Fit every method, again from some of its checkpoints, and a penalty; write what each run ended with."""
+    """Fit every method, again from some of its checkpoints, a penalty and gates; write what each run ended with."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -90,6 +117,8 @@ def work(rank: int, folder: Path, port: int) -> None:
         torch.save(results, folder / f"{method.name}-{rank}.pt")
     penalized = fit(L1Penalty(PENALTY), make=EvenModule, **settings).module
     torch.save(penalized.state_dict(), folder / f"penalty-{rank}.pt")
+    gated = fit(gating(), make=EvenModule, **settings)
+    torch.save(decisions(gated), folder / f"gates-{rank}.pt")
     try:
         fit(METHODS[0].make(), Perturb(), make=RankedModule, **settings)
     except RuntimeError as error:

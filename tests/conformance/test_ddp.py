@@ -8,7 +8,16 @@ import pytest
 import torch
 from conformance.harness import assert_same, fit
 from conformance.methods import METHODS, Method, every_method
-from conformance.ranks import MOMENTS, PENALTY, EvenModule, RankedModule, WriteChecksum, run_on_two
+from conformance.ranks import (
+    MOMENTS,
+    PENALTY,
+    EvenModule,
+    RankedModule,
+    WriteChecksum,
+    decisions,
+    gating,
+    run_on_two,
+)
 
 from sparsetrain.callbacks import L1Penalty
 
@@ -61,6 +70,19 @@ def test_a_penalty_counts_once_so_that_two_ranks_end_with_the_weights_of_one_pro
     penalized, dense = (fit(*added, make=EvenModule).module.state_dict() for added in ([L1Penalty(PENALTY)], []))
     torch.testing.assert_close(one, penalized, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(one["head.weight"], dense["head.weight"], rtol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.* of the gates are undecided")
+def test_gates_of_two_ranks_decide_as_those_of_one_process(folder):
+    one, other = (torch.load(folder / f"gates-{rank}.pt") for rank in range(2))
+    assert_same(one, other)
+    alone = decisions(fit(gating(), make=EvenModule))
+    torch.testing.assert_close(one["cost"], alone["cost"], rtol=0, atol=1e-5)
+    assert_same(one["masks"], alone["masks"])
+    assert one["closed"] == alone["closed"]
+    shares = {share for points in one["open"].values() for _, share in points}
+    assert any(0 < share < 1 for share in shares)
+    assert one["closed"]
 
 
 @every_method

@@ -244,6 +244,24 @@ def _line(
     )
 
 
+def summary_table(results: Mapping[str, Any]) -> str:
+    """Speed-ups of the batch that the bar is for, the quickest way to run each network; one line per removal."""
+    lines = []
+    for case in results["cases"].values():
+        for batch in (one for one in case["batches"] if one["bar"] is not None):
+            quickest = {name: min(median(times) for times in ways.values()) for name, ways in batch["seconds"].items()}
+            for name in (name for name in quickest if name != "dense"):
+                share = case["flops"][name] / case["flops"]["dense"]
+                gain = quickest["dense"] / quickest[name]
+                title = f"{case['title']}, batch {batch['size']}"
+                ratio = f"{gain * share:.2f}"
+                lines.append(
+                    (title, REMOVALS[name].title, f"{share:.1%}", f"{gain:.2f}", ratio, f">= {batch['bar']:g}")
+                )
+    header = ("network, on a CPU", "removed from", "FLOPs left", "speed-up", "speed-up / FLOPs ratio", "bar")
+    return markdown_table(header, lines)
+
+
 def facts(results: Mapping[str, Any]) -> str:
     """What the figures were measured with, in a sentence."""
     device, commit = results["device"], results["git"]["commit"][:10] if results["git"] else "none"
@@ -266,7 +284,9 @@ def main() -> None:
     if not arguments.report:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(measure(CASES), indent=1) + "\n")
-    write_between(README, "speed", table(json.loads(RESULTS.read_text())))
+    results = json.loads(RESULTS.read_text())
+    write_between(README, "speed", table(results))
+    write_between(HERE.parents[1] / "README.md", "smaller", summary_table(results))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ Member = Mapping[str, Tensor] | str | Path
 MemberMasks = Mapping[str, Tensor] | str | Path
 """Parameter name -> bool tensor, True = kept; or a file of `save_masks`."""
 
-_AT_ONCE = 1 << 16  # weights that are read at once, of each member: what is added up stays in the cache
+_AT_ONCE = 1 << 17  # weights that are read at once: what is added up stays in the cache
 _COUNT = "num_batches_tracked"
 _STATISTICS = ("running_mean", "running_var")
 _DTYPES = {
@@ -70,15 +70,15 @@ def uniform(members: Sequence[Member], masks: Sequence[MemberMasks] | None = Non
         for name, tensor in soup.items():
             mask = kept[name].cpu().reshape(-1) if kept and name in kept else None
             for part in _parts(tensor.numel()):
-                pieces, mean = (source.read(name, part) for source in sources), tensor.view(-1)[part]
+                pieces, out = (source.read(name, part) for source in sources), tensor.view(-1)[part]
                 if not tensor.is_floating_point():
-                    mean.copy_(_merge(name, pieces))
+                    out.copy_(_merge(name, pieces))
                 elif kept is None and tensor.ndim >= 2:
-                    mean.copy_(_mean_with_zeros(name, pieces, labels))
+                    _write_mean_with_zeros_(out, name, pieces, labels)
                 else:
-                    mean.copy_(_mean(name, pieces))
+                    _write_mean_(out, name, pieces)
                 if mask is not None:
-                    _zero_(mean, mask[part])
+                    _zero_(out, mask[part])
     return soup
 
 
@@ -150,7 +150,7 @@ def distances(members: Sequence[Member]) -> Tensor:
             if not dtype.is_floating_point or name.rpartition(".")[2] in _STATISTICS:
                 continue
             for part in _parts(shape.numel()):
-                pieces = [source.read(name, part).double() for source in sources]
+                pieces = [source.read(name, part).to(torch.float64, copy=True) for source in sources]
                 for i, one in enumerate(pieces):
                     for j, other in enumerate(pieces[:i]):
                         squares[i, j] += (one - other).square().sum()
@@ -278,8 +278,8 @@ class _File:
     The format: 8 bytes with the length of the header, the header in JSON, the tensors.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.label = str(path)
+    def __init__(self, path: str | Path, buffer: memoryview) -> None:
+        self.label, self._buffer = str(path), buffer
         try:
             with safe_open(path, framework="pt"):
                 pass  # checks the header and the size
@@ -300,14 +300,13 @@ class _File:
 
     def __enter__(self) -> Self:
         self._file = self._path.open("rb", buffering=0)
-        self._buffer = torch.empty(_AT_ONCE * _LONGEST_BYTES, dtype=torch.uint8).numpy().data
         return self
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
     def read(self, name: str, part: slice) -> Tensor:
-        """The weights in `part` of the tensor `name`, row-major; until the next call."""
+        """The weights in `part` of the tensor `name`, row-major; until the buffer is read into again."""
         dtype, count = self.kinds[name][1], part.stop - part.start
         self._file.seek(self._starts[name] + part.start * dtype.itemsize)
         if self._file.readinto(self._buffer[: count * dtype.itemsize]) != count * dtype.itemsize:
@@ -319,9 +318,12 @@ class _File:
 def _opened(members: Sequence[Member]) -> Iterator[list[_State | _File]]:
     if not members:
         raise ValueError("A soup has at least one member; there is none.")
+    buffer = torch.empty(_AT_ONCE * _LONGEST_BYTES, dtype=torch.uint8).numpy().data  # one for all stays in the cache
     with ExitStack() as stack:
         yield [
-            _State(member, f"member {number}") if isinstance(member, Mapping) else stack.enter_context(_File(member))
+            _State(member, f"member {number}")
+            if isinstance(member, Mapping)
+            else stack.enter_context(_File(member, buffer))
             for number, member in enumerate(members)
         ]
 
@@ -395,14 +397,15 @@ def _parts(total: int) -> Iterator[slice]:
     return (slice(start, min(start + _AT_ONCE, total)) for start in range(0, total, _AT_ONCE))
 
 
-def _mean(name: str, pieces: Iterable[Tensor]) -> Tensor:
+def _write_mean_(out: Tensor, name: str, pieces: Iterable[Tensor]) -> None:
     pieces = iter(pieces)
-    first = next(pieces)
-    mean = first.to(_mean_type(first), copy=True)
+    mean = out if out.dtype == _mean_type(out) else torch.empty_like(out, dtype=_mean_type(out))
+    mean.copy_(next(pieces))
     for number, piece in enumerate(pieces, 2):
         _take_in_(mean, piece, number)
     _check_finite(name, mean)
-    return mean
+    if mean is not out:
+        out.copy_(mean)
 
 
 def _mean_type(tensor: Tensor) -> torch.dtype:
@@ -423,8 +426,8 @@ def _check_finite(name: str, mean: Tensor) -> None:
         raise ValueError(f"The mean of {name!r} is not finite: a member has diverged. Leave it out.")
 
 
-def _mean_with_zeros(name: str, pieces: Iterable[Tensor], labels: Sequence[str]) -> Tensor:
-    """The mean of `pieces` that are 0 at the same places."""
+def _write_mean_with_zeros_(out: Tensor, name: str, pieces: Iterable[Tensor], labels: Sequence[str]) -> None:
+    """The mean of `pieces`, which have to be 0 at the same places."""
     pieces = iter(pieces)
     first = next(pieces)
     dtype = _mean_type(first)  # one that NumPy has; its comparison takes half the time of `Tensor.bool`
@@ -438,9 +441,8 @@ def _mean_with_zeros(name: str, pieces: Iterable[Tensor], labels: Sequence[str])
                 raise _pruned_otherwise(name, labels[0], label, " If a kept weight is 0 by chance, give masks.")
             yield piece
 
-    mean = _mean(name, alike())
-    _zero_(mean, torch.from_numpy(kept))
-    return mean
+    _write_mean_(out, name, alike())
+    _zero_(out, torch.from_numpy(kept))
 
 
 def _zero_(tensor: Tensor, kept: Tensor) -> None:
@@ -451,7 +453,7 @@ def _zero_(tensor: Tensor, kept: Tensor) -> None:
 
 def _merge(name: str, pieces: Iterable[Tensor]) -> Tensor:
     """The value of a tensor that has no mean."""
-    first, *others = pieces
+    first, *others = (piece.clone() for piece in pieces)
     if name.rpartition(".")[2] == _COUNT:
         return torch.stack([first, *others]).amax(0)
     if not all(torch.equal(first, other) for other in others):

@@ -23,6 +23,7 @@ def member(seed: int, *, pruned: float = 0.5) -> dict[str, Tensor]:
         "wide.bias": torch.randn(LONG, generator=stream),
         "conv.weight": torch.randn(4, 2, 3, 3, generator=stream).to(memory_format=torch.channels_last),
         "half.weight": torch.randn(5, 7, generator=stream).bfloat16(),
+        "double.weight": torch.randn(4, 6, generator=stream, dtype=torch.float64),
         "norm.num_batches_tracked": torch.tensor(seed),
         "positions": torch.arange(6),
         "nothing": torch.empty(0, 3),
@@ -240,7 +241,7 @@ def test_greedy_refuses_other_masks_before_it_evaluates_and_a_metric_that_is_nan
 
 def test_distances_are_those_of_all_weights_without_the_statistics_of_batch_norm(tmp_path):
     members = [member(seed) | {"norm.running_var": torch.full((2,), 1e6 * seed)} for seed in (0, 1, 2, 1)]
-    weights = [torch.cat([state[n].double().flatten() for n in list(state)[:4]]) for state in members]
+    weights = [torch.cat([state[n].double().flatten() for n in list(state)[:5]]) for state in members]
     expected = torch.stack([torch.stack([(one - other).norm() for other in weights]) for one in weights])
     for given in (members, saved(tmp_path, members)):
         found = distances(given)

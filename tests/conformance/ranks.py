@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from conformance.harness import Run, SaveEverywhere, TinyModule, fit, samples, seed_all
+from conformance.harness import SaveEverywhere, TinyModule, fit, samples, seed_all
 from conformance.methods import METHODS
 from torch import Tensor, multiprocessing, nn
 
@@ -52,13 +52,12 @@ def gating() -> PolarizationGating:
     )
 
 
-def decisions(run: Run) -> dict[str, Any]:
-    """What the gates did, and what they became."""
-    callback = run.callback
-    open_, cost = callback.history_of_gates, callback.history_of_cost
+def gate_decisions(**settings: Any) -> dict[str, Any]:
+    """What gates did in a run, and what they became; in float64, for they turn over where a logit is rounded."""
+    callback = fit(gating(), make=EvenModule, precision="64-true", **settings).callback
     return {
-        "open": open_,
-        "cost": cost,
+        "open": callback.history_of_gates,
+        "cost": callback.history_of_cost,
         "closed": [unit.name for unit in callback.units],
         "masks": dict(callback.masks),
     }
@@ -117,8 +116,7 @@ def work(rank: int, folder: Path, port: int) -> None:
         torch.save(results, folder / f"{method.name}-{rank}.pt")
     penalized = fit(L1Penalty(PENALTY), make=EvenModule, **settings).module
     torch.save(penalized.state_dict(), folder / f"penalty-{rank}.pt")
-    gated = fit(gating(), make=EvenModule, **settings)
-    torch.save(decisions(gated), folder / f"gates-{rank}.pt")
+    torch.save(gate_decisions(**settings), folder / f"gates-{rank}.pt")
     try:
         fit(METHODS[0].make(), Perturb(), make=RankedModule, **settings)
     except RuntimeError as error:

@@ -5,14 +5,13 @@ python experiments/nm_accuracy/nm_accuracy.py resnet20    # ResNet-20 on CIFAR-1
 python experiments/nm_accuracy/nm_accuracy.py --report    # only the tables of results/*.json
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.cli.grid import Grid, by_arm, difference, in_points, origin, write_between
+from sparsetrain.cli.grid import Grid, by_arm, command_line, difference, in_points, origin, write_between
 from sparsetrain.report import markdown_table, t_interval
 
 HERE = Path(__file__).parent
@@ -121,18 +120,5 @@ def report() -> None:
     write_between(HERE.parents[1] / "README.md", "nm", summary_table(*results))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", nargs="?", choices=sorted(TASKS), help="what to train; both have their results")
-    parser.add_argument("--report", action="store_true", help="only the tables of results/*.json")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args()
-    if not arguments.report and arguments.task is None:
-        parser.error("name a task, or --report")
-    if not arguments.report:
-        measure(arguments.task, arguments.workers)
-    report()
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, TASKS, measure, report)

@@ -7,14 +7,13 @@ python experiments/polarization/accuracy.py --report    # only the tables of res
 Stopped, it goes on where it was.
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.cli.grid import Grid, by_arm, difference, in_points, origin, write_between
+from sparsetrain.cli.grid import Grid, by_arm, command_line, difference, in_points, origin, write_between
 from sparsetrain.report import markdown_table, t_interval
 
 HERE = Path(__file__).parent
@@ -153,18 +152,5 @@ def report() -> None:
             write_between(HERE / "README.md", path.stem, table(json.loads(path.read_text())))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", nargs="?", choices=sorted(TASKS), help="what to train")
-    parser.add_argument("--report", action="store_true", help="only the tables of results/*.json")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args()
-    if not arguments.report and arguments.task is None:
-        parser.error("name a task, or --report")
-    if not arguments.report:
-        measure(arguments.task, arguments.workers)
-    report()
-
-
 if __name__ == "__main__":
-    main()
+    command_line(__doc__, TASKS, measure, report)

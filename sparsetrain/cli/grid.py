@@ -1,9 +1,10 @@
 """Grids of runs for experiments: arms that are compared, each with several seeds; made, or gone on with."""
 
+import argparse
 import json
 import logging
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
@@ -75,6 +76,29 @@ class Grid:
         overrides = [*self.recipe, *self.arms[arm], "seed={seed}"]
         filled = (one.replace("{seed}", str(seed)).replace("{runs}", str(self.runs.absolute())) for one in overrides)
         return tuple(filled), self.runs / f"{arm.replace(' ', '-').replace(':', '')}-{seed}"
+
+
+def command_line(
+    description: str, tasks: Collection[str], measure: Callable[[str, int], None], report: Callable[[], None]
+) -> None:
+    """The command line of an experiment of several tasks.
+
+    Args:
+        description: what the help says.
+        tasks: their names, of which one is measured at a time.
+        measure: makes the runs of a task, so many at a time.
+        report: writes tables and pictures of all results.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", choices=sorted(tasks), help="what to train")
+    parser.add_argument("--report", action="store_true", help="only the tables of results/*.json")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    arguments = parser.parse_args()
+    if not arguments.report and arguments.task is None:
+        parser.error("name a task, or --report")
+    if not arguments.report:
+        measure(arguments.task, arguments.workers)
+    report()
 
 
 def by_arm(results: Mapping[str, Any], arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

@@ -105,7 +105,7 @@ def table(results: Mapping[str, Any]) -> str:
         accuracy = t_interval([run["test_accuracy"] for run in runs])
         gates = found.get(f"{GATES} {arm.rpartition(' ')[2]}")
         less = in_points(difference(gates, runs)) if gates and gates is not runs else ("", "")
-        drop = in_points(difference(runs, found[DENSE])) if arm != DENSE else ("", "")
+        drop = in_points(difference(runs, found[DENSE])) if arm != DENSE else ()
         flops = [run["flops"] / dense for run in runs]
         share = f"{min(flops):.1%}" if max(flops) - min(flops) < 5e-4 else f"{min(flops):.1%} to {max(flops):.1%}"
         lines.append((arm, share, f"{accuracy.mean:.2%} +- {accuracy.std:.2%}", len(runs), " ".join(drop), *less))
@@ -131,7 +131,7 @@ def gates_words(found: Mapping[str, list[dict[str, Any]]]) -> str:
             above = [gated[run["seed"]]["test_accuracy"] - run["test_accuracy"] for run in others]
             if above:
                 wins, losses = sum(value > 0 for value in above), sum(value < 0 for value in above)
-                words.append(f"{share} against {arm}: {wins} wins, {losses} losses.")
+                words.append(f"Gates at {share} against {arm}: wins {wins}, losses {losses}.")
         if gated:
             undecided = max(run["undecided"] for run in gated.values())
             overruled = max(run["overruled"] for run in gated.values())

@@ -105,7 +105,7 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
         ("soup/accuracy", "table", ["soup/results/resnet20.json"], "soup/README.md"),
         ("soup/accuracy", "rounds_table", ["soup/results/resnet20.json"], "soup/README.md"),
         ("soup/accuracy", "summary_table", ["soup/results/digits.json", "soup/results/resnet20.json"], "../README.md"),
-        ("polarization/accuracy", "table", ["polarization/results/digits.json"], "polarization/README.md"),
+        ("polarization/gates_accuracy", "table", ["polarization/results/digits.json"], "polarization/README.md"),
         ("polarization/defaults", "table", ["polarization/results/defaults.json"], "polarization/README.md"),
         ("polarization/speed", "table", ["polarization/results/speed.json"], "polarization/README.md"),
         ("polarization/speed", "summary_table", ["polarization/results/speed.json"], "../README.md"),

@@ -1,8 +1,8 @@
 """What does a smaller network cost in accuracy? Gates beside narrower dense networks and magnitude channel pruning.
 
-python experiments/polarization/accuracy.py digits      # LeNet-300-100 on scikit-learn's digits
-python experiments/polarization/accuracy.py resnet20    # ResNet-20 of half the width on CIFAR-10 at 8x8
-python experiments/polarization/accuracy.py --report    # only the tables of results/*.json
+python experiments/polarization/gates_accuracy.py digits      # LeNet-300-100 on scikit-learn's digits
+python experiments/polarization/gates_accuracy.py resnet20    # ResNet-20 of half the width on CIFAR-10 at 8x8
+python experiments/polarization/gates_accuracy.py --report    # only the tables of results/*.json
 
 Stopped, it goes on where it was.
 """

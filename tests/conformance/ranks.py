@@ -100,6 +100,7 @@ def work(rank: int, folder: Path, port: int) -> None:
     """Fit every method, again from some of its checkpoints, a penalty and gates; write what each run ended with."""
     os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of an earlier test: Lightning would seed the ranks with it, and them only
     torch.set_num_threads(1)
     settings: dict[str, Any] = {"strategy": "ddp", "devices": 2, "limit_val_batches": 0, "data": {}}
     for method in METHODS:

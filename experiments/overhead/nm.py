@@ -20,12 +20,12 @@ import lightning as L
 import timm
 import torch
 import torch.nn.functional as F
-from overhead import THREADS, StepTimer, cpu_name, summarize
+from overhead import THREADS, StepTimer, summarize
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparsetrain import BidirectionalWeightPruning
-from sparsetrain.cli.artifacts import git_state
+from sparsetrain.cli.artifacts import cpu_name, git_state
 from sparsetrain.report import markdown_table
 
 HERE = Path(__file__).parent

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -37,7 +36,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
 from sparsetrain import GradualMagnitudePruning, Masks, OneShot
-from sparsetrain.cli.artifacts import git_state
+from sparsetrain.cli.artifacts import cpu_name, git_state
 from sparsetrain.report import markdown_table
 
 HERE = Path(__file__).parent
@@ -346,14 +345,6 @@ def measure(*, quick: bool) -> dict[str, Any]:
         "total_s": round(time.perf_counter() - start, 1),
         **results,
     }
-
-
-def cpu_name() -> str:
-    """The processor, as it calls itself."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def summary_table(results: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ import copy
 import json
 import math
 import os
-import platform
 import random
 import time
 from bisect import bisect_left
@@ -31,7 +30,7 @@ from torch.fx.experimental.optimization import fuse
 
 from sparsetrain import Selection, export
 from sparsetrain.callbacks.gated import gated_layers
-from sparsetrain.cli.artifacts import git_state
+from sparsetrain.cli.artifacts import cpu_name, git_state
 from sparsetrain.cli.grid import write_between
 from sparsetrain.models import CifarResNet
 from sparsetrain.models.timm import timm_model
@@ -202,14 +201,6 @@ def circumstances(*packages: str) -> dict[str, Any]:
         "device": {"name": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "load_before": os.getloadavg()[0],
     }
-
-
-def cpu_name() -> str:
-    """The processor, as it calls itself."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(results: Mapping[str, Any]) -> str:

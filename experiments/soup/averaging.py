@@ -16,7 +16,6 @@ import ctypes
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -32,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparsetrain import load_masks, prune, save_masks, soups
-from sparsetrain.cli.artifacts import git_state
+from sparsetrain.cli.artifacts import cpu_name, git_state
 from sparsetrain.cli.grid import write_between
 from sparsetrain.models.timm import timm_model
 from sparsetrain.report import markdown_table
@@ -179,14 +178,6 @@ def measure(*, quick: bool) -> dict[str, Any]:
         "seconds": {name: [round(value, 6) for value in all_s] for name, all_s in seconds.items()},
         "peak_bytes": peaks,
     }
-
-
-def cpu_name() -> str:
-    """The processor, as it calls itself."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ python experiments/sweep/sweep.py --report    # only the table of results/sweep.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from sparsetrain.cli.artifacts import MASKS, MODEL, git_state
+from sparsetrain.cli.artifacts import MASKS, MODEL, cpu_name, git_state
 from sparsetrain.report import markdown_table
 
 HERE = Path(__file__).parent
@@ -85,7 +84,7 @@ def measure(root: Path, repetitions: int, length: tuple[str, ...], seeds: tuple[
     return {
         "date": date.today().isoformat(),
         "git": git_state(),
-        "device": {"name": _processor(), "cores": os.cpu_count()},
+        "device": {"name": cpu_name(), "cores": os.cpu_count()},
         "versions": _summary(folders["serial", 0])["versions"] | {name: version(name) for name in packages},
         "recipe": [*RECIPE, *length],
         "seeds": [*seeds],
@@ -104,13 +103,6 @@ def _summary(sweep: Path) -> dict[str, Any]:
     """Of the sweep's first job."""
     summary: dict[str, Any] = json.loads((sweep / "0" / "summary.json").read_text())
     return summary
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def table(results: Mapping[str, Any]) -> str:

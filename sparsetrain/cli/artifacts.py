@@ -176,6 +176,14 @@ def _device(trainer: L.Trainer) -> dict[str, Any]:
     }
 
 
+def cpu_name() -> str:
+    """The processor, as it calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace the file as a whole."""
     temporary = path.with_name(f".{path.name}.tmp")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from sparsetrain.export.graph import Slice
-from sparsetrain.export.shrink import _examples
+from sparsetrain.export.shrink import trial_inputs
 from sparsetrain.export.units import Unit, check_folded
 from sparsetrain.report.measure import cost
 
@@ -99,7 +99,7 @@ def removable(
     """
     exact = copy.deepcopy(model).double().eval()
     parts = {name: part for name, part in exact.named_modules() if name}
-    calls = _calls(exact, {part: name for name, part in parts.items()}, _examples(example_input))
+    calls = _calls(exact, {part: name for name, part in parts.items()}, trial_inputs(example_input))
     stream = torch.Generator().manual_seed(0)
     flops = cost(model, example_input)
     found: dict[str, Block] = {}

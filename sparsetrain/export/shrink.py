@@ -81,7 +81,7 @@ def shrink(model: nn.Module, units: Sequence[Unit], example_input: Tensor) -> nn
     kept = kept_places(model, [*closed, *units])
     _check_closed(model, closed)
     exact = copy.deepcopy(model).double().eval()
-    examples = _examples(example_input)
+    examples = trial_inputs(example_input)
     shifts = _shifts(exact, units, examples)
     biases = [name for name in shifts if model.get_submodule(name).bias is None]
     for name in biases:
@@ -250,7 +250,7 @@ def _ranges(
     return ranges
 
 
-def _examples(example_input: Tensor) -> list[Tensor]:
+def trial_inputs(example_input: Tensor) -> list[Tensor]:
     """The example in float64, and others: a value that is constant there by chance is not on both."""
     stream = torch.Generator().manual_seed(0)
     if not example_input.is_floating_point():

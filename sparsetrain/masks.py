@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -358,15 +359,13 @@ def take(tensor: Tensor, places: Mapping[int, Sequence[int]]) -> Tensor:
 
 def pack(mask: Tensor) -> Tensor:
     """A bool mask as bits: uint8 of ceil(n / 8), row-major, first weight in the highest bit; on the CPU."""
-    flat = mask.flatten().cpu()
-    padded = torch.zeros(-(-flat.numel() // 8) * 8, dtype=torch.uint8)
-    padded[: flat.numel()] = flat
-    return (padded.view(-1, 8) * _BITS).sum(1, dtype=torch.uint8)
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
 
 
 def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
     """The bool mask of `shape` that `pack` packed."""
-    return (bits.unsqueeze(1) & _BITS).bool().flatten()[: shape.numel()].view(shape)
+    flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()))
+    return flat.view(torch.bool).view(shape)
 
 
 def masks_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -377,9 +376,6 @@ def masks_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
         name: unpack(bits[name], shape) if name in bits else torch.ones(shape, dtype=torch.bool)
         for name, shape in shapes.items()
     }
-
-
-_BITS = torch.tensor([128, 64, 32, 16, 8, 4, 2, 1], dtype=torch.uint8)
 
 
 def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:

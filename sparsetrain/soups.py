@@ -2,12 +2,14 @@
 
 import json
 import math
+import mmap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -21,7 +23,8 @@ Member = Mapping[str, Tensor] | str | Path
 MemberMasks = Mapping[str, Tensor] | str | Path
 """Parameter name -> bool tensor, True = kept; or a file of `save_masks`."""
 
-_AT_ONCE = 1 << 17  # weights that are read at once: what is added up stays in the cache
+_AT_ONCE = 1 << 18  # weights that are read at once: what is added up stays in the cache
+_MAPPED = 1 << 25  # bytes of all files together that are mapped into memory at once
 _COUNT = "num_batches_tracked"
 _STATISTICS = ("running_mean", "running_var")
 _DTYPES = {
@@ -36,7 +39,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_LONGEST_BYTES = max(dtype.itemsize for dtype in _DTYPES.values())
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -273,22 +275,29 @@ class _State:
 
 
 class _File:
-    """A safetensors file to be read in parts; mapped into memory instead, all members together would fill it.
+    """A safetensors file to be read in parts.
 
     The format: 8 bytes with the length of the header, the header in JSON, the tensors.
+
+    Args:
+        path: where it is.
+        mapped: bytes that stay mapped into memory from one reading to the next.
+        like: another file; if their headers are equal, it is not parsed again.
     """
 
-    def __init__(self, path: str | Path, buffer: memoryview) -> None:
-        self.label, self._buffer = str(path), buffer
+    def __init__(self, path: str | Path, mapped: int, like: "_File | None" = None) -> None:
+        self.label, self._path, self._mapped = str(path), Path(path), mapped
         try:
             with safe_open(path, framework="pt"):
                 pass  # checks the header and the size
         except SafetensorError as error:
             raise ValueError(f"{path} is no whole safetensors file ({error}). Write it with save_file.") from None
-        self._path = Path(path)
         with self._path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+            self._header = file.read(int.from_bytes(file.read(8), "little"))
+        if like is not None and self._header == like._header:
+            self.kinds, self._starts = like.kinds, like._starts
+            return
+        header = json.loads(self._header)
         header.pop("__metadata__", None)
         strange = sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys())
         if strange:
@@ -296,36 +305,55 @@ class _File:
         self.kinds: dict[str, _Kind] = {
             name: (torch.Size(entry["shape"]), _DTYPES[entry["dtype"]]) for name, entry in header.items()
         }
-        self._starts = {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items()}
+        self._starts = {name: 8 + len(self._header) + entry["data_offsets"][0] for name, entry in header.items()}
 
     def __enter__(self) -> Self:
         self._file = self._path.open("rb", buffering=0)
+        self._size = self._path.stat().st_size
+        self._window, self._first = memoryview(b""), 0
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._window = memoryview(b"")
         self._file.close()
 
     def read(self, name: str, part: slice) -> Tensor:
-        """The weights in `part` of the tensor `name`, row-major; until the buffer is read into again."""
+        """The weights in `part` of the tensor `name`, row-major, not to be written to."""
         dtype, count = self.kinds[name][1], part.stop - part.start
-        self._file.seek(self._starts[name] + part.start * dtype.itemsize)
-        if self._file.readinto(self._buffer[: count * dtype.itemsize]) != count * dtype.itemsize:
-            raise ValueError(f"{self.label} became shorter while it was read. Replace files, do not write to them.")
-        return torch.frombuffer(self._buffer, dtype=dtype, count=count)
+        start = self._starts[name] + part.start * dtype.itemsize
+        window, first = self._around(start, start + count * dtype.itemsize)
+        return torch.frombuffer(window, dtype=dtype, count=count, offset=start - first)
+
+    def _around(self, start: int, end: int) -> tuple[memoryview, int]:
+        """Bytes of the file that hold those from `start` to `end`, and where they begin; unmapped with the last use."""
+        if self._first <= start and end <= self._first + len(self._window):
+            return self._window, self._first
+        first = start - start % mmap.ALLOCATIONGRANULARITY
+        length = min(max(end - first, self._mapped), self._size - first)
+        try:
+            window = memoryview(mmap.mmap(self._file.fileno(), length, offset=first, access=mmap.ACCESS_COPY))
+        except ValueError:
+            raise ValueError(
+                f"{self.label} became shorter while it was read. Replace files, do not write to them."
+            ) from None
+        if length <= self._mapped:
+            self._window, self._first = window, first
+        return window, first
 
 
 @contextmanager
 def _opened(members: Sequence[Member]) -> Iterator[list[_State | _File]]:
     if not members:
         raise ValueError("A soup has at least one member; there is none.")
-    buffer = torch.empty(_AT_ONCE * _LONGEST_BYTES, dtype=torch.uint8).numpy().data  # one for all stays in the cache
+    sources: list[_State | _File] = []
     with ExitStack() as stack:
-        yield [
-            _State(member, f"member {number}")
-            if isinstance(member, Mapping)
-            else stack.enter_context(_File(member, buffer))
-            for number, member in enumerate(members)
-        ]
+        for number, member in enumerate(members):
+            if isinstance(member, Mapping):
+                sources.append(_State(member, f"member {number}"))
+            else:
+                like = next((source for source in sources if isinstance(source, _File)), None)
+                sources.append(stack.enter_context(_File(member, _MAPPED // len(members), like)))
+        yield sources
 
 
 def _common_kinds(sources: Sequence[_State | _File]) -> dict[str, _Kind]:
@@ -380,10 +408,16 @@ def _content(masks: MemberMasks) -> bytes | None:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    # In an eighth of the time that `torch.equal` takes of bools; in parts, the result of `==` stays in the cache.
-    first, second = (mask.cpu().reshape(-1).numpy() for mask in (one, other))
-    same = (np.array_equal(first[part], second[part]) for part in _parts(len(first)))
-    return one is other or (one.shape == other.shape and all(same))
+    flat = (mask.cpu().reshape(-1).numpy() for mask in (one, other))
+    return one is other or (one.shape == other.shape and _equal_bools(*flat))
+
+
+def _equal_bools(one: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> bool:
+    """Are two arrays [N] equal? In less than a tenth of the time of `torch.equal`."""
+    words = len(one) // 8 * 8
+    return np.array_equal(one[:words].view(np.uint64), other[:words].view(np.uint64)) and np.array_equal(
+        one[words:], other[words:]
+    )
 
 
 def _pruned_otherwise(name: str, one: str, other: str, remedy: str = "") -> ValueError:
@@ -432,12 +466,11 @@ def _write_mean_with_zeros_(out: Tensor, name: str, pieces: Iterable[Tensor], la
     first = next(pieces)
     dtype = _mean_type(first)  # one that NumPy has; its comparison takes half the time of `Tensor.bool`
     kept = _as(dtype, first).numpy() != 0
-    as_bytes = kept.tobytes()  # compared in half the time of arrays
 
     def alike() -> Iterator[Tensor]:
         yield first
         for label, piece in zip(labels[1:], pieces, strict=True):
-            if (_as(dtype, piece).numpy() != 0).tobytes() != as_bytes:
+            if not _equal_bools(_as(dtype, piece).numpy() != 0, kept):
                 raise _pruned_otherwise(name, labels[0], label, " If a kept weight is 0 by chance, give masks.")
             yield piece
 

@@ -462,15 +462,14 @@ def _check_finite(name: str, mean: Tensor) -> None:
 
 def _write_mean_with_zeros_(out: Tensor, name: str, pieces: Iterable[Tensor], labels: Sequence[str]) -> None:
     """The mean of `pieces`, which have to be 0 at the same places."""
-    pieces = iter(pieces)
-    first = next(pieces)
-    dtype = _mean_type(first)  # one that NumPy has; its comparison takes half the time of `Tensor.bool`
-    kept = _as(dtype, first).numpy() != 0
+    kept = np.empty(len(out), dtype=np.bool_)
+    found = np.empty_like(kept)  # written to again and again: a new array each time takes four times as long
 
     def alike() -> Iterator[Tensor]:
-        yield first
-        for label, piece in zip(labels[1:], pieces, strict=True):
-            if not _equal_bools(_as(dtype, piece).numpy() != 0, kept):
+        for number, (label, piece) in enumerate(zip(labels, pieces, strict=True)):
+            # Compared by NumPy, as a type that it has, in a third of the time of `torch.ne`.
+            np.not_equal(_as(_mean_type(piece), piece).numpy(), 0, out=found if number else kept)
+            if number and not _equal_bools(found, kept):
                 raise _pruned_otherwise(name, labels[0], label, " If a kept weight is 0 by chance, give masks.")
             yield piece
 

@@ -54,7 +54,13 @@ SCHEMAS: Mapping[str, Mapping[str, type]] = {
         "cyclic": CyclicLR,
         "scaled": ScaledLR,
     },
-    "lr_policy": {"constant": ConstantLR, "cosine": Cosine, "linear": LinearDecay, "multi_step": MultiStep},
+    "lr_policy": {
+        "constant": ConstantLR,
+        "cosine": Cosine,
+        "linear": LinearDecay,
+        "multi_step": MultiStep,
+        "multi_step_90ep": MultiStep,
+    },
 }
 """Config group -> file name -> the class that its `_target_` names."""
 

@@ -294,6 +294,8 @@ class _File:
             raise ValueError(f"{path} is no whole safetensors file ({error}). Write it with save_file.") from None
         with self._path.open("rb") as file:
             self._header = file.read(int.from_bytes(file.read(8), "little"))
+        self.kinds: dict[str, _Kind]
+        self._starts: dict[str, int]
         if like is not None and self._header == like._header:
             self.kinds, self._starts = like.kinds, like._starts
             return
@@ -302,9 +304,7 @@ class _File:
         strange = sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys())
         if strange:
             raise ValueError(f"{path} holds tensors of type {strange[0]}. Convert them to one of {', '.join(_DTYPES)}.")
-        self.kinds: dict[str, _Kind] = {
-            name: (torch.Size(entry["shape"]), _DTYPES[entry["dtype"]]) for name, entry in header.items()
-        }
+        self.kinds = {name: (torch.Size(entry["shape"]), _DTYPES[entry["dtype"]]) for name, entry in header.items()}
         self._starts = {name: 8 + len(self._header) + entry["data_offsets"][0] for name, entry in header.items()}
 
     def __enter__(self) -> Self:

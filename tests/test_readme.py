@@ -10,8 +10,10 @@ import lightning as L
 import pytest
 import torch
 from conformance.harness import TinyModule, loaders, make_trainer
+from omegaconf import OmegaConf
 
 from sparsetrain import GradualMagnitudePruning, IterativeMagnitudePruning, SparseModelSoup, SparsityCallback
+from sparsetrain.cli.train import compose
 from sparsetrain.export import load_shrunk
 from sparsetrain.report import cost
 
@@ -94,19 +96,12 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
         ("overhead/nm", "table", ["overhead/results/nm.json"], "overhead/README.md"),
         ("digits_lottery", "tables", ["digits_lottery/results/digits_lottery.json"], "digits_lottery/README.md"),
         ("digits_lottery", "bars_table", ["digits_lottery/results/digits_lottery.json"], "../README.md"),
-        ("nm_accuracy", "table", ["nm_accuracy/results/digits.json"], "nm_accuracy/README.md"),
-        ("nm_accuracy", "summary_table", ["nm_accuracy/results/digits.json"], "../README.md"),
         ("kernel_speed/kernel_tables", "tables", KERNEL_RESULTS, "kernel_speed/README.md"),
         ("kills", "table", ["kills/results/kills.json"], "kills/README.md"),
         ("kills", "table", ["kills/results/rounds.json"], "kills/README.md"),
         ("kills", "table", ["kills/results/soup.json"], "kills/README.md"),
-        ("soup/accuracy", "table", ["soup/results/digits.json"], "soup/README.md"),
         ("soup/accuracy", "rounds_table", ["soup/results/digits.json"], "soup/README.md"),
-        ("soup/accuracy", "table", ["soup/results/resnet20.json"], "soup/README.md"),
         ("soup/accuracy", "rounds_table", ["soup/results/resnet20.json"], "soup/README.md"),
-        ("soup/accuracy", "summary_table", ["soup/results/digits.json", "soup/results/resnet20.json"], "../README.md"),
-        ("polarization/gates_accuracy", "table", ["polarization/results/digits.json"], "polarization/README.md"),
-        ("polarization/defaults", "table", ["polarization/results/defaults.json"], "polarization/README.md"),
         ("polarization/speed", "table", ["polarization/results/speed.json"], "polarization/README.md"),
         ("polarization/speed", "summary_table", ["polarization/results/speed.json"], "../README.md"),
         ("polarization/gates_cost", "table", ["polarization/results/gates_cost.json"], "polarization/README.md"),
@@ -119,10 +114,39 @@ def test_the_tables_are_those_of_the_results_files(
     name: str, tables: str, results: list[str], readme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, _, module = name.rpartition("/")
+    monkeypatch.syspath_prepend(EXPERIMENTS)  # evidence
     monkeypatch.syspath_prepend(EXPERIMENTS / (folder or name))
     experiment = importlib.import_module(module)
     contents = [json.loads((EXPERIMENTS / file).read_text()) for file in results]
     assert getattr(experiment, tables)(*contents) in (EXPERIMENTS / readme).read_text()
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """experiments/run.py."""
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    return importlib.import_module("run")
+
+
+def test_the_tables_of_studies_are_those_of_their_results(run) -> None:
+    for study in run.STUDIES.values():
+        if results := study.networks(study.results):
+            assert study.control in results
+            assert study.table(study.results) in (study.folder / "README.md").read_text()
+    for marker, body in run.headlines().items():
+        assert f"<!-- {marker}:begin -->\n{body}\n" in README
+    assert f"<!-- claims:begin -->\n{run.index()}\n" in (EXPERIMENTS / "README.md").read_text()
+
+
+def test_each_arm_of_each_study_composes_and_is_made_once(run, tmp_path) -> None:
+    for study in run.STUDIES.values():
+        assert sorted(study.jobs) == sorted((arm, seed) for arm in study.arms for seed in study.seeds)
+        configs = {}
+        for arm in study.arms:
+            overrides, folder = study.grid.job(arm, 1)
+            cfg = compose(*overrides, output_dir=tmp_path)
+            configs[folder] = OmegaConf.to_yaml(cfg)
+        assert len(set(configs.values())) == len(configs) == len(study.arms)  # no two arms are the same
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:

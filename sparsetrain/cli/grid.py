@@ -1,24 +1,28 @@
 """Grids of runs for experiments: arms that are compared, each with several seeds; made, or gone on with."""
 
-import argparse
 import json
 import logging
+import math
 import multiprocessing
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from datetime import date
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from sparsetrain.cli.artifacts import SUMMARY
+from sparsetrain.cli.artifacts import SUMMARY, write_json
 from sparsetrain.cli.resume import is_complete
 from sparsetrain.cli.train import compose, train
 from sparsetrain.report import Interval, paired
 
+_CONTEXT = multiprocessing.get_context("spawn")  # a fork after CUDA or OpenMP have begun may hang
 _FACTS = ("sparsity", "device", "versions", "git")
+_PATIENCE = 120.0  # seconds that a run which is told to end has for its checkpoint
 
 
 @dataclass(frozen=True)
@@ -41,14 +45,32 @@ class Grid:
     results: Path
     facts: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda summary: {}
 
-    def measure(self, wanted: Sequence[tuple[str, int]], workers: int) -> None:
-        """Make the runs (arm, seed) that have no record yet, several at a time, each on one thread, in that order.
+    def measure(
+        self,
+        wanted: Sequence[tuple[str, int]],
+        workers: int,
+        *,
+        minutes: float = math.inf,
+        device: Literal["cpu", "gpu"] = "cpu",
+    ) -> bool:
+        """Make the runs (arm, seed) that have no record yet, several at a time, in that order.
 
-        If one fails, those beside it are still ended and recorded, and then its error is raised; a later call goes on
-        with it and the others.
+        Each is a process of its own, with one thread. If one fails, no other is begun; those beside it are still ended
+        and recorded. When the time is over, or this process is interrupted, the runs save checkpoints and end; a later
+        call goes on with them.
+
+        Args:
+            wanted: the runs.
+            workers: how many at a time, at least 1; on a GPU they share it.
+            minutes: how long this may take, beside the checkpoints that are saved in the end.
+            device: of all runs; `conf/trainer` says how each is used.
+
+        Returns:
+            Whether all runs have ended.
 
         Raises:
             ValueError: the results are of another recipe.
+            RuntimeError: a run has failed; its error was printed.
         """
         results: dict[str, Any] = {"task": self.name, "recipe": [*self.recipe], "runs": []}
         if self.results.exists():
@@ -56,49 +78,47 @@ class Grid:
         if results["recipe"] != [*self.recipe]:
             raise ValueError(f"{self.results} is of the recipe {results['recipe']}. Remove it to begin again.")
         made = {(one["arm"], one["seed"]) for one in results["runs"]}
-        failed = None
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _one_thread) as pool:
-            pending = {pool.submit(_run, *self._job(*job)): job for job in wanted if job not in made}
-            for done in as_completed(pending):
-                if done.cancelled() or done.exception() is not None:
-                    failed = failed or done
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    continue
-                (arm, seed), summary = pending[done], done.result()
-                record = {"arm": arm, "seed": seed, "test_accuracy": summary["test"]["accuracy"]}
-                of_run = {key: summary[key] for key in _FACTS}
-                results["runs"].append({**record, "date": date.today().isoformat(), **self.facts(summary), **of_run})
-                self.results.write_text(json.dumps(results, indent=1) + "\n")
-        if failed is not None:
-            failed.result()
+        waiting = [job for job in wanted if job not in made]
+        running: dict[BaseProcess, tuple[str, int]] = {}
+        end, failed = time.monotonic() + 60 * minutes, ""
+        try:
+            while running or (waiting and not failed and time.monotonic() < end):
+                while waiting and not failed and len(running) < workers:
+                    process = _CONTEXT.Process(target=_run, args=(*self.job(*waiting[0]), device))
+                    process.start()
+                    running[process] = waiting.pop(0)
+                left = end - time.monotonic()
+                wait([process.sentinel for process in running], None if left == math.inf else max(0.0, left))
+                if time.monotonic() >= end:
+                    break
+                for ended in [each for each in running if not each.is_alive()]:
+                    job = running.pop(ended)
+                    if not self._record(job, results):
+                        failed = failed or f"{self.job(*job)[1]} ended with exit status {ended.exitcode}"
+        finally:
+            _end(running)
+        unfinished = [job for job in running.values() if not self._record(job, results)]
+        if failed:
+            raise RuntimeError(f"{failed}; its error is above. A later call goes on with it and those after it.")
+        return not waiting and not unfinished
 
-    def _job(self, arm: str, seed: int) -> tuple[tuple[str, ...], Path]:
+    def _record(self, job: tuple[str, int], results: dict[str, Any]) -> bool:
+        """Add a run to the results, and write them, if its folder holds it whole."""
+        (arm, seed), folder = job, self.job(*job)[1]
+        if not is_complete(folder):
+            return False
+        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+        record = {"arm": arm, "seed": seed, "test_accuracy": summary["test"]["accuracy"]}
+        of_run = {key: summary[key] for key in _FACTS}
+        results["runs"].append({**record, "date": date.today().isoformat(), **self.facts(summary), **of_run})
+        write_json(self.results, results)
+        return True
+
+    def job(self, arm: str, seed: int) -> tuple[tuple[str, ...], Path]:
+        """The overrides of a run, and its folder."""
         overrides = [*self.recipe, *self.arms[arm], "seed={seed}"]
-        filled = (one.replace("{seed}", str(seed)).replace("{runs}", str(self.runs.absolute())) for one in overrides)
+        filled = (one.replace("{seed}", str(seed)).replace("{runs}", str(self.runs)) for one in overrides)
         return tuple(filled), self.runs / f"{arm.replace(' ', '-').replace(':', '')}-{seed}"
-
-
-def command_line(
-    description: str, tasks: Collection[str], measure: Callable[[str, int], None], report: Callable[[], None]
-) -> None:
-    """The command line of an experiment of several tasks.
-
-    Args:
-        description: what the help says.
-        tasks: their names, of which one is measured at a time.
-        measure: makes the runs of a task, so many at a time.
-        report: writes tables and pictures of all results.
-    """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", nargs="?", choices=sorted(tasks), help="what to train")
-    parser.add_argument("--report", action="store_true", help="only the tables of results/*.json")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args()
-    if not arguments.report and arguments.task is None:
-        parser.error("name a task, or --report")
-    if not arguments.report:
-        measure(arguments.task, arguments.workers)
-    report()
 
 
 def by_arm(results: Mapping[str, Any], arms: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -134,15 +154,20 @@ def write_between(readme: Path, name: str, body: str) -> None:
     readme.write_text(f"{before}{begin}\n{body}\n{end}{rest.partition(end)[2]}")
 
 
-def _run(overrides: Sequence[str], folder: Path) -> dict[str, Any]:
-    """The summary of a run, which is made, or gone on with, unless its folder holds it whole."""
-    if not is_complete(folder):
-        quiet = ("trainer=cpu", "trainer.enable_progress_bar=false", "resume=true")
-        train(compose(*quiet, *overrides, output_dir=folder))
-    summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
-    return summary
-
-
-def _one_thread() -> None:
+def _run(overrides: Sequence[str], folder: Path, device: str) -> None:
+    """Make a run, or go on with it, unless its folder holds it whole."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    if not is_complete(folder):
+        quiet = (f"trainer={device}", "trainer.enable_progress_bar=false", "resume=true")
+        train(compose(*quiet, *overrides, output_dir=folder))
+
+
+def _end(running: Collection[BaseProcess]) -> None:
+    """Tell runs to save a checkpoint and end."""
+    for process in running:
+        process.terminate()
+    for process in running:
+        process.join(_PATIENCE)
+        process.kill()
+        process.join()

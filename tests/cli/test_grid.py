@@ -1,13 +1,11 @@
 """Grids of runs: each is made once, gone on with where it was stopped, and compared by seed."""
 
 import json
-import pickle
-from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
+import multiprocessing
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import pytest
 import torch
@@ -25,78 +23,37 @@ WANTED = [(arm, seed) for seed in (1, 2) for arm in ARMS]
 FOLDERS = ["dense-1", "from-it-1-1", "dense-2", "from-it-1-2"]
 
 
-class InProcess:
-    """Stands for the pool: runs jobs here, in order, as they come back from pickling; after a death, at its end.
-
-    Attributes:
-        ran: the folders of the jobs that were begun.
-    """
-
-    ran: ClassVar[list[str]] = []
-
-    def __init__(self, workers: int, context: Any, initializer: Callable[[], None]) -> None:
-        assert context.get_start_method() == "spawn"
-        pickle.dumps(initializer)
-        self.waiting: list[tuple[Future[Any], bytes]] = []
-        self.broken = False
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        job = future, pickle.dumps((function, arguments))
-        if self.broken:
-            self.waiting.append(job)
-        else:
-            self.run(*job)
-        return future
-
-    def run(self, future: Future[Any], job: bytes) -> None:
-        function, (overrides, folder) = pickle.loads(job)
-        self.ran.append(folder.name)
-        try:
-            future.set_result(function(overrides, folder))
-        except BrokenProcessPool as death:
-            self.broken = True
-            future.set_exception(death)
-
-    def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
-        assert cancel_futures
-        assert not wait
-        for future, _ in self.waiting:
-            future.cancel()
-            future.set_running_or_notify_cancel()
-        self.waiting.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for job in self.waiting:
-            self.run(*job)
-
-
-def dies_in_the_last_epoch_of_seed_2(classifier: Classifier) -> None:
+def fails_in_the_last_epoch_of_seed_2(classifier: Classifier) -> None:
     if classifier.trainer.current_epoch == 2 and classifier.trainer.default_root_dir.endswith("dense-2"):
-        raise BrokenProcessPool("killed")
+        raise RuntimeError("this run fails")
+
+
+def waits_in_the_last_epoch_of_seed_2(classifier: Classifier) -> None:
+    if classifier.trainer.current_epoch == 2 and classifier.trainer.default_root_dir.endswith("dense-2"):
+        while not classifier.trainer.received_sigterm:
+            time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
-def calls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Grid, list[tuple[list[str], dict[str, Any]]]]:
-    """A grid, and of three calls what each ran and the results after it; in the first one a worker dies."""
+def calls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Grid, list[dict[str, Any]]]:
+    """A grid, and the results after each of four calls: in the first a run fails, in the second one has no end."""
     place, found = tmp_path_factory.mktemp("grid"), []
     grid = Grid("tiny", DENSE, ARMS, Path("runs"), place / "results.json", facts=lambda one: {"steps": one["steps"]})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        patch.setattr(module, "ProcessPoolExecutor", InProcess)
-        for number in range(3):
-            InProcess.ran = []
+        patch.setattr(module, "_CONTEXT", multiprocessing.get_context("fork"))
+        for patched in (fails_in_the_last_epoch_of_seed_2, waits_in_the_last_epoch_of_seed_2, None, None):
             with pytest.MonkeyPatch.context() as of_call:
-                if number == 0:
-                    of_call.setattr(Classifier, "on_train_epoch_start", dies_in_the_last_epoch_of_seed_2)
-                    with pytest.raises(BrokenProcessPool, match="killed"):
-                        grid.measure(WANTED, 2)
+                if patched is not None:
+                    of_call.setattr(Classifier, "on_train_epoch_start", patched)
+                if patched is fails_in_the_last_epoch_of_seed_2:
+                    with pytest.raises(RuntimeError, match=r"dense-2 ended with exit status 1; its error is above"):
+                        grid.measure(WANTED, 1)
+                elif patched is waits_in_the_last_epoch_of_seed_2:
+                    assert not grid.measure(WANTED, 1, minutes=0.1)
                 else:
-                    grid.measure(WANTED, 2)
-            found.append((InProcess.ran, json.loads(grid.results.read_text())))
+                    assert grid.measure(WANTED, 1)
+            found.append(json.loads(grid.results.read_text()))
     return replace(grid, runs=place / "runs"), found
 
 
@@ -104,15 +61,18 @@ def recorded(results: dict[str, Any]) -> list[tuple[str, int]]:
     return sorted((one["arm"], one["seed"]) for one in results["runs"])
 
 
-def test_a_run_that_dies_ends_the_call_and_what_has_ended_is_kept(calls):
-    _, [(ran, results), *_] = calls
-    assert ran == FOLDERS[:3]
+def test_a_run_that_fails_ends_the_call_and_what_has_ended_is_kept(calls):
+    _, [results, *_] = calls
     assert recorded(results) == sorted(WANTED[:2])
 
 
-def test_a_later_call_goes_on_with_the_run_that_died_and_begins_the_others(calls):
-    grid, [_, (ran, results), _] = calls
-    assert ran == FOLDERS[2:]
+def test_when_the_time_is_over_nothing_is_begun_and_a_run_in_the_middle_is_no_result(calls):
+    _, [first, second, *_] = calls
+    assert second == first
+
+
+def test_a_later_call_goes_on_with_the_run_that_was_stopped_and_begins_the_others(calls):
+    grid, [_, _, results, _] = calls
     assert recorded(results) == sorted(WANTED)
     resumed = {name: json.loads((grid.runs / name / "summary.json").read_text())["resumed_from"] for name in FOLDERS}
     assert {name for name, path in resumed.items() if path} == {"dense-2"}
@@ -121,13 +81,25 @@ def test_a_later_call_goes_on_with_the_run_that_died_and_begins_the_others(calls
 
 
 def test_nothing_is_made_twice(calls):
-    _, [_, (_, before), (ran, after)] = calls
-    assert ran == []
+    _, [*_, before, after] = calls
     assert after == before
 
 
+def test_runs_are_made_side_by_side(tmp_path, monkeypatch):
+    def waits_for_the_other(classifier: Classifier) -> None:
+        (tmp_path / Path(classifier.trainer.default_root_dir).name).touch()
+        while len([*tmp_path.glob("dense-*")]) < 2:
+            time.sleep(0.01)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "_CONTEXT", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(Classifier, "on_train_start", waits_for_the_other)
+    grid = Grid("tiny", DENSE, ARMS, Path("runs"), tmp_path / "results.json")
+    assert grid.measure([(ALONE, 1), (ALONE, 2)], 2)
+
+
 def test_a_record_has_the_facts_of_the_run_and_those_asked_for(calls):
-    grid, (*_, (_, results)) = calls
+    grid, [*_, results] = calls
     assert results.keys() == {"task", "recipe", "runs"}
     assert (results["task"], results["recipe"]) == ("tiny", [*DENSE])
     for one in results["runs"]:
@@ -143,7 +115,7 @@ def test_overrides_name_the_seed_and_the_folder_of_all_runs(calls):
     grid, _ = calls
     for seed in (1, 2):
         cfg = OmegaConf.load(grid.runs / f"from-it-1-{seed}" / "config.yaml")
-        assert cfg.init_from == str(grid.runs / f"dense-{seed}" / "model.safetensors")
+        assert cfg.init_from == f"runs/dense-{seed}/model.safetensors"
         assert (cfg.seed, cfg.dataset.seed) == (seed, seed)
         start, end = (load_file(grid.runs / f"{name}-{seed}" / "model.safetensors") for name in ("dense", "from-it-1"))
         apart = [float((end[name] - start[name]).norm() / start[name].norm()) for name in ("fc1.weight", "fc2.weight")]

@@ -1,0 +1,61 @@
+"""What a study claims is checked against its records: shown, refuted, or neither."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def evidence(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "experiments")
+    return importlib.import_module("evidence")
+
+
+def found(*accuracies: float, of_control: float = 0.5) -> dict[str, list[dict[str, Any]]]:
+    arm = [{"seed": seed, "test_accuracy": accuracy} for seed, accuracy in enumerate(accuracies)]
+    return {"a": arm, "b": [{"seed": seed, "test_accuracy": of_control} for seed in range(len(accuracies))]}
+
+
+# Student's quantile at 97.5 % with one degree of freedom is 12.706: two values that are 0.2 points apart have an
+# interval of +- 1.27 points about their mean.
+@pytest.mark.parametrize(
+    ("accuracies", "points", "of", "holds"),
+    [
+        ((0.52, 0.522), 0.0, "lower end", "yes"),
+        ((0.52, 0.522), 1.0, "lower end", "not shown"),
+        ((0.52, 0.522), 4.0, "lower end", "no"),
+        ((0.49, 0.492), -1.0, "mean", "yes"),
+        ((0.49, 0.492), -0.5, "mean", "no"),
+    ],
+)
+def test_one_is_above_the_other(evidence, accuracies, points, of, holds):
+    line = evidence.Above("a", "b", points, of=of).check(found(*accuracies))
+    assert (line.holds, line.seeds, line.words) == (holds, 2, "a, less b")
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "holds"),
+    [((0.499, 0.501), "yes"), ((0.51, 0.512), "not shown"), ((0.55, 0.552), "no"), ((0.45, 0.452), "no")],
+)
+def test_both_are_alike(evidence, accuracies, holds):
+    assert evidence.Alike("a", "b", 2.0).check(found(*accuracies)).holds == holds
+
+
+def test_a_published_figure_is_reached_within_twice_the_standard_error_and_at_least_four_tenths(evidence):
+    claim = evidence.Reaches("a", 91.71, 0.23, 3)
+    assert claim.check(found(0.921, 0.921)).holds == "yes"
+    assert claim.check(found(0.9212, 0.9212)).holds == "no"
+    # Here 2 sqrt(1 / 2 + 0.23^2 / 3) = 1.44 points.
+    spread = 0.005 * 2**0.5
+    assert claim.check(found(0.9314 + spread, 0.9314 - spread)).holds == "yes"
+    assert claim.check(found(0.9316 + spread, 0.9316 - spread)).holds == "no"
+
+
+def test_nothing_is_said_before_two_seeds_have_both_arms(evidence):
+    records = found(0.5, 0.6)
+    records["b"][0]["seed"] = 7
+    for claim in (evidence.Above("a", "b"), evidence.Alike("a", "b", 1.0), evidence.Above("a", "c")):
+        assert claim.check(records) is None
+    assert evidence.Reaches("c", 90.0, 0.1, 3).check(records) is None

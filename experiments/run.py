@@ -12,15 +12,19 @@ one thread each; on a GPU they share it.
 import argparse
 import math
 
+from collapse import collapse
 from evidence import HERE, Study, all_claims, headline
+from gradual import gradual
 from nm_accuracy import nm_accuracy
 from polarization import defaults, gates_accuracy
+from rewinding import rewinding
 from soup import accuracy
+from tickets import tickets
 
 from sparsetrain.cli.grid import write_between
 from sparsetrain.report import markdown_table
 
-MODULES = (nm_accuracy, accuracy, gates_accuracy, defaults)
+MODULES = (rewinding, gradual, collapse, accuracy, nm_accuracy, gates_accuracy, defaults, tickets)
 STUDIES: dict[str, Study] = {study.name: study for module in MODULES for study in module.STUDIES}
 
 

@@ -76,13 +76,13 @@ def budget_error(gates: Mapping[str, Tensor], operations: Sequence[Operation], s
     Args:
         gates: means by name, shape (count,), in [0, 1], as `mean_gates` gives them.
         operations: all of the network's, those without gates too.
-        sparsity: the share of the dense cost to remove, in (0, 1).
+        sparsity: the share of the dense cost to remove, in [0, 1).
 
     Raises:
         ValueError: a sparsity outside its range, no cost, or an operation whose gates are not there.
     """
-    if not 0 < sparsity < 1:
-        raise ValueError(f"sparsity={sparsity} is the share of the cost to remove, which lies in (0, 1).")
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity={sparsity} is the share of the cost to remove, which lies in [0, 1).")
     return (expected_cost(gates, operations) / _dense_cost(operations) - (1 - sparsity)) ** 2
 
 

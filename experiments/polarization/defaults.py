@@ -13,8 +13,8 @@ from sparsetrain.report import markdown_table, t_interval
 
 BASE = "gate_lr=0.01, a=10, b=100"
 RECIPE = (
-    *("+experiment=digits_polarize", "method.gate_lr=0.01"),
-    *("method.polarization.final=10.0", "method.budget.final=100.0"),
+    *("+experiment=digits_polarize", "method.gate_lr=0.01", "method.ramp=[0.05run,0.5run]"),
+    *("method.polarization.final=10.0", "method.budget=100.0"),
 )
 ARMS = {
     BASE: (),
@@ -23,8 +23,9 @@ ARMS = {
     "a=0": ("method.polarization.final=0.0",),
     "a=1": ("method.polarization.final=1.0",),
     "a=100": ("method.polarization.final=100.0",),
-    "b=10": ("method.budget.final=10.0",),
-    "b=1000": ("method.budget.final=1000.0",),
+    "b=10": ("method.budget=10.0",),
+    "b=1000": ("method.budget=1000.0",),
+    "the whole budget at once": ("method.ramp=[0.05run,0.06run]", "method.polarization.begin=0.1run"),
     "static gates": ("method.hidden=null",),
 }
 

@@ -7,7 +7,7 @@ python experiments/run.py polarization/resnet20    # ResNet-20 of half the width
 from collections.abc import Mapping
 from typing import Any
 
-from evidence import Above, Claim, Found, Study
+from evidence import SMALL, SMALL_TITLE, Above, Claim, Found, Study
 
 from sparsetrain.cli.grid import difference, in_points, origin
 from sparsetrain.report import markdown_table, t_interval
@@ -123,12 +123,8 @@ STUDIES = (
     ),
     study(
         "polarization/resnet20",
-        "ResNet-20 of half the width, CIFAR-10 at 8x8, 20 epochs",
-        (
-            *("+experiment=resnet20_dense", "model.width=8", "dataset.size=8", "dataset.shift=1"),
-            *("dataset.batch_size=512", "optim.lr=0.4", "lr_policy=cosine", "lr_policy.warmup=1ep"),
-            *("trainer.max_epochs=20", "module.channels_last=true"),
-        ),
+        SMALL_TITLE,
+        SMALL,
         reads="['*.conv2.weight']",
         sparsities={"30%": 0.3, "50%": 0.52},
         narrow={"30%": ("model.width=7",), "50%": ("model.width=6",)},

@@ -25,8 +25,7 @@ from sparsetrain.steps import check_steps
 
 _POINTS = 200  # of a history
 _MOST_UNDECIDED = 0.01  # share of the gates above which the run warns
-_POLARIZATION = LinearWeight(10.0, "0.1run", "0.5run")
-_BUDGET = LinearWeight(100.0, "0.1run", "0.3run")
+_POLARIZATION = LinearWeight(10.0, "0.5run", "0.7run")
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,12 @@ class PolarizationGating(SparsityCallback):
     channels, by example; a gated block gets one with one gate, and returns its input where that is closed.
     Straight-through gradients train them. Added to the loss is
 
-        a(t) * mean_i g_i * (1 - g_i)  +  b(t) * (C(g) / C_dense - (1 - sparsity))^2
+        a(t) * mean_i g_i * (1 - g_i)  +  b * (C(g) / C_dense - (1 - s(t)))^2
 
     with g_i the mean of gate i over the batch, on all ranks, and C the expected cost of one example; see
-    `sparsetrain.polarization`. The first term makes a gate the same for all inputs, the second meets the budget.
+    `sparsetrain.polarization`. The first term makes a gate the same for all inputs, the second meets the budget. That
+    shrinks bit by bit: s(t) grows from 0 to `sparsity` along `ramp`, so that the gates that the task can spare close
+    one after the other. A full budget at once closes gates before the network has learned what they are for.
 
     At `extract_at` the gates are looked at over all training data, in evaluation mode; those open for the fewest
     examples are closed until the budget is met, and no further. The weights that read closed channels become 0 and are
@@ -88,8 +89,10 @@ class PolarizationGating(SparsityCallback):
         sparsity: the share of the dense cost to remove, in (0, 1).
         measure: the cost, "flops" or "params".
         extract_at: the optimizer step at which the static network is extracted, at least 1.
-        polarization: a(t), at the optimizer steps that it says.
-        budget: b(t).
+        ramp: from where to where s(t) grows, linearly.
+        polarization: a(t), at the optimizer steps that it says; gates that all examples share are hard to move, so let
+            it grow when the budget is met.
+        budget: b, at least 0.
         gate_lr: learning rate of the gates, above 0, constant.
         hidden: hidden units of each gate module, at least 1; None: static gates, one free logit each.
         input_shape: of one example without the batch, such as (3, 32, 32), for a forward pass of zeros; None takes the
@@ -123,7 +126,8 @@ class PolarizationGating(SparsityCallback):
     _training: GateTraining | None
     _layers: tuple[Gated, ...]
     _operations: tuple[Operation, ...]
-    _weights: tuple[LinearWeight, LinearWeight]
+    _target: LinearWeight  # s(t)
+    _weight: LinearWeight  # a(t)
     _extract_at: int
     _seed: int
     _is_small: bool
@@ -135,8 +139,9 @@ class PolarizationGating(SparsityCallback):
         sparsity: float = 0.5,
         measure: Literal["flops", "params"] = "flops",
         extract_at: int | str = "0.75run",
+        ramp: tuple[int | str, int | str] = ("0.05run", "0.5run"),
         polarization: LinearWeight = _POLARIZATION,
-        budget: LinearWeight = _BUDGET,
+        budget: float = 100.0,
         gate_lr: float = 0.01,
         hidden: int | None = 16,
         input_shape: Sequence[int] | None = None,
@@ -153,8 +158,11 @@ class PolarizationGating(SparsityCallback):
             raise ValueError(f"gate_lr={gate_lr} is a learning rate, which is above 0.")
         if hidden is not None and hidden < 1:
             raise ValueError(f"hidden={hidden} must be at least 1, or None for static gates.")
+        if not (math.isfinite(budget) and budget >= 0):
+            raise ValueError(f"budget={budget} is the weight of a term of the loss, which is at least 0.")
         check_steps(extract_at, "extract_at")
         self.granularity, self.sparsity, self.measure, self.extract_at = granularity, sparsity, measure, extract_at
+        self.ramp = LinearWeight(sparsity, *ramp)
         self.polarization, self.budget, self.gate_lr, self.hidden = polarization, budget, gate_lr, hidden
         self.input_shape = None if input_shape is None else tuple(input_shape)
         super().__init__(Pruning(where), check=check)
@@ -173,7 +181,7 @@ class PolarizationGating(SparsityCallback):
     def prepare(self, trainer: L.Trainer) -> None:
         if is_fast_dev_run(trainer):  # too short for any ramp: it tries the final weights and the extraction
             self._extract_at = self.run.total_steps or 1
-            self._weights = LinearWeight(self.polarization.final), LinearWeight(self.budget.final)
+            self._target, self._weight = LinearWeight(self.sparsity), LinearWeight(self.polarization.final)
             return
         (self._extract_at,) = self.steps(self.extract_at)
         total = self.run.total_steps
@@ -182,7 +190,7 @@ class PolarizationGating(SparsityCallback):
             raise ValueError(
                 f"extract_at={self.extract_at!r} is step {self._extract_at}; it must be at least 1{limit}."
             )
-        self._weights = self.polarization.resolve(self.run), self.budget.resolve(self.run)
+        self._target, self._weight = self.ramp.resolve(self.run), self.polarization.resolve(self.run)
 
     def take_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seed = trainer.strategy.broadcast(torch.initial_seed())
@@ -277,10 +285,9 @@ class PolarizationGating(SparsityCallback):
 
     def _terms(self, means: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._note(means)
-        polarization, budget = (weight.at(self.step) for weight in self._weights)
         return {
-            "polarization": polarization * disagreement(means),
-            "budget": budget * budget_error(means, self._operations, self.sparsity),
+            "polarization": self._weight.at(self.step) * disagreement(means),
+            "budget": self.budget * budget_error(means, self._operations, self._target.at(self.step)),
         }
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ undecided = pytest.mark.filterwarnings("ignore:.* of the gates are undecided")
 
 
 def gating(kind: type[PolarizationGating] = PolarizationGating, **settings: Any) -> PolarizationGating:
-    weights = {"polarization": LinearWeight(1.0, 0, 4), "budget": LinearWeight(10.0, 0, 2)}
+    weights = {"polarization": LinearWeight(1.0, 0, 4), "budget": 10.0, "ramp": (0, 2)}
     choices: dict[str, Any] = {"sparsity": 0.3, "extract_at": 8, "gate_lr": 0.5, "input_shape": (1, 4, 4), "hidden": 4}
     return kind(**(weights | choices | settings))
 
@@ -71,7 +71,7 @@ def test_gates_and_loss_are_those_of_the_formulas():
         gates = (free >= 0).float() + soft - soft.detach()
         task = nn.functional.cross_entropy(module.head(torch.relu(module.body(images)) * gates), labels)
         polarization = min(step / 4, 1.0) * (gates * (1 - gates)).mean()
-        budget = 10 * min(step / 2, 1.0) * ((conv + gated * gates.mean()) / (conv + gated) - 0.7) ** 2
+        budget = 10 * ((conv + gated * gates.mean()) / (conv + gated) - (1 - 0.3 * min(step / 2, 1.0))) ** 2
         optimizer.zero_grad()
         (task + polarization + budget).backward()
         optimizer.step()
@@ -431,6 +431,7 @@ class Functional(PlainModule):
         ({"granularity": "block"}, r"granularity='block' is unknown\. Choose 'channel' or 'layer'"),
         ({"sparsity": 1.0}, r"sparsity=1\.0 is the share of the cost to remove, which lies in \(0, 1\)"),
         ({"measure": "time"}, r"measure='time' is unknown\. Choose 'flops' or 'params'"),
+        ({"budget": -1.0}, r"budget=-1\.0 is the weight of a term of the loss, which is at least 0"),
         ({"gate_lr": 0.0}, r"gate_lr=0\.0 is a learning rate, which is above 0"),
         ({"hidden": 0}, r"hidden=0 must be at least 1, or None"),
         ({"extract_at": "never"}, r"extract_at: 'never' is no length"),
@@ -450,7 +451,7 @@ def test_settings_out_of_range_are_refused_at_construction(settings, message):
             r"extract_at=16 is step 16; it must be at least 1, and at most 15, as many as",
         ),
         ({"extract_at": 0}, TinyModule, r"extract_at=0 is step 0; it must be at least 1"),
-        ({"budget": LinearWeight(1.0, 0, 20)}, TinyModule, r"reaches its final value at step 20, but the run has 15"),
+        ({"ramp": (0, 20)}, TinyModule, r"reaches its final value at step 20, but the run has 15"),
         ({"input_shape": None}, TinyModule, r"has no example to trace TinyModule with\. Give input_shape, such as"),
         ({"input_shape": (1, 5, 5)}, TinyModule, r"cannot trace TinyModule on an input of shape \(1, 1, 5, 5\)"),
         ({"sparsity": 0.95}, TinyModule, r"sparsity=0\.95 cannot be met: .* 0\.0989 of the flops .* Ask for less"),

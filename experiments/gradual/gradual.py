@@ -1,0 +1,69 @@
+"""Gradual pruning beside pruning at once, and large sparse networks beside a small dense one.
+
+python experiments/run.py gradual/resnet20
+"""
+
+from evidence import SMALL, SMALL_TITLE, Above, Study
+
+DENSE, SMALLER = "dense", "dense, 0.4 of the width"
+SHARES = ("80%", "90%", "95%")
+
+
+def gradual(share: str) -> str:
+    """Name of an arm."""
+    return f"gradual, {share}"
+
+
+def at_once(share: str) -> str:
+    """Name of an arm."""
+    return f"at once, {share}"
+
+
+def _sparsity(share: str) -> float:
+    return int(share.removesuffix("%")) / 100
+
+
+def _cubic(share: str) -> tuple[str, ...]:
+    return (
+        *("method=gmp", "schedule=cubic", f"method.schedule.final={_sparsity(share)}"),
+        *("method.schedule.begin=0.1run", "method.schedule.end=0.7run", "method.schedule.every=10it"),
+    )
+
+
+def _one_shot(share: str) -> tuple[str, ...]:
+    return (
+        "method=gmp",
+        "schedule=one_shot",
+        f"method.schedule.sparsity={_sparsity(share)}",
+        "method.schedule.at=0.7run",
+    )
+
+
+STUDIES = (
+    Study(
+        name="gradual/resnet20",
+        title=SMALL_TITLE,
+        question="Gradual pruning or at once? Large and sparse, or small and dense?",
+        published="gradual 90 % MobileNet 61.8, dense with as many weights 50.6 (Zhu & Gupta 2017)",
+        recipe=SMALL,
+        arms={
+            DENSE: (),
+            SMALLER: ("model.width=3",),
+            **{gradual(share): _cubic(share) for share in SHARES},
+            **{at_once(share): _one_shot(share) for share in SHARES},
+            "gradual, 90%, uniform": (*_cubic("90%"), "allocation=uniform"),
+            "gradual, 90%, ERK": (*_cubic("90%"), "allocation=erk"),
+        },
+        control=DENSE,
+        claims=(
+            Above(gradual("90%"), SMALLER),
+            *(Above(gradual(share), at_once(share)) for share in reversed(SHARES)),
+            Above(gradual("90%"), "gradual, 90%, uniform"),
+        ),
+        stages=(
+            (DENSE, SMALLER, gradual("90%"), at_once("90%")),
+            (gradual("95%"), at_once("95%"), gradual("80%"), at_once("80%")),
+            ("gradual, 90%, uniform", "gradual, 90%, ERK"),
+        ),
+    ),
+)

@@ -13,7 +13,7 @@ from sparsetrain.report import markdown_table, t_interval
 
 BASE = "gate_lr=0.01, a=10, b=100"
 RECIPE = (
-    *("+experiment=digits_polarize", "method.gate_lr=0.01", "method.ramp=[0.05run,0.5run]"),
+    *("+experiment=digits_polarize", "method.gate_lr=0.01", "method.end=0.5run"),
     *("method.polarization.final=10.0", "method.budget=100.0"),
 )
 ARMS = {
@@ -25,7 +25,7 @@ ARMS = {
     "a=100": ("method.polarization.final=100.0",),
     "b=10": ("method.budget=10.0",),
     "b=1000": ("method.budget=1000.0",),
-    "the whole budget at once": ("method.ramp=[0.05run,0.06run]", "method.polarization.begin=0.1run"),
+    "the whole budget at once": ("method.end=0.06run", "method.polarization.begin=0.1run"),
     "static gates": ("method.hidden=null",),
 }
 

@@ -60,8 +60,8 @@ class PolarizationGating(SparsityCallback):
 
     with g_i the mean of gate i over the batch, on all ranks, and C the expected cost of one example; see
     `sparsetrain.polarization`. The first term makes a gate the same for all inputs, the second meets the budget. That
-    shrinks bit by bit: s(t) grows from 0 to `sparsity` along `ramp`, so that the gates that the task can spare close
-    one after the other. A full budget at once closes gates before the network has learned what they are for.
+    shrinks bit by bit: s(t) grows linearly from 0 at `begin` to `sparsity` at `end`, so that the gates that the task
+    can spare close one after the other. A full budget at once closes gates before the network has learned what they are for.
 
     At `extract_at` the gates are looked at over all training data, in evaluation mode; those open for the fewest
     examples are closed until the budget is met, and no further. The weights that read closed channels become 0 and are
@@ -89,7 +89,8 @@ class PolarizationGating(SparsityCallback):
         sparsity: the share of the dense cost to remove, in (0, 1).
         measure: the cost, "flops" or "params".
         extract_at: the optimizer step at which the static network is extracted, at least 1.
-        ramp: from where to where s(t) grows, linearly.
+        begin: where s(t) begins to grow,
+        end: and where it is `sparsity`.
         polarization: a(t), at the optimizer steps that it says; gates that all examples share are hard to move, so let
             it grow when the budget is met.
         budget: b, at least 0.
@@ -139,7 +140,8 @@ class PolarizationGating(SparsityCallback):
         sparsity: float = 0.5,
         measure: Literal["flops", "params"] = "flops",
         extract_at: int | str = "0.75run",
-        ramp: tuple[int | str, int | str] = ("0.05run", "0.5run"),
+        begin: int | str = "0.05run",
+        end: int | str = "0.5run",
         polarization: LinearWeight = _POLARIZATION,
         budget: float = 100.0,
         gate_lr: float = 0.01,
@@ -160,9 +162,10 @@ class PolarizationGating(SparsityCallback):
             raise ValueError(f"hidden={hidden} must be at least 1, or None for static gates.")
         if not (math.isfinite(budget) and budget >= 0):
             raise ValueError(f"budget={budget} is the weight of a term of the loss, which is at least 0.")
-        check_steps(extract_at, "extract_at")
+        for name, length in (("extract_at", extract_at), ("begin", begin), ("end", end)):
+            check_steps(length, name)
         self.granularity, self.sparsity, self.measure, self.extract_at = granularity, sparsity, measure, extract_at
-        self.ramp = LinearWeight(sparsity, *ramp)
+        self.begin, self.end = begin, end
         self.polarization, self.budget, self.gate_lr, self.hidden = polarization, budget, gate_lr, hidden
         self.input_shape = None if input_shape is None else tuple(input_shape)
         super().__init__(Pruning(where), check=check)
@@ -190,7 +193,8 @@ class PolarizationGating(SparsityCallback):
             raise ValueError(
                 f"extract_at={self.extract_at!r} is step {self._extract_at}; it must be at least 1{limit}."
             )
-        self._target, self._weight = self.ramp.resolve(self.run), self.polarization.resolve(self.run)
+        self._target = LinearWeight(self.sparsity, self.begin, self.end).resolve(self.run)
+        self._weight = self.polarization.resolve(self.run)
 
     def take_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._seed = trainer.strategy.broadcast(torch.initial_seed())

@@ -28,7 +28,7 @@ undecided = pytest.mark.filterwarnings("ignore:.* of the gates are undecided")
 
 
 def gating(kind: type[PolarizationGating] = PolarizationGating, **settings: Any) -> PolarizationGating:
-    weights = {"polarization": LinearWeight(1.0, 0, 4), "budget": 10.0, "ramp": (0, 2)}
+    weights = {"polarization": LinearWeight(1.0, 0, 4), "budget": 10.0, "begin": 0, "end": 2}
     choices: dict[str, Any] = {"sparsity": 0.3, "extract_at": 8, "gate_lr": 0.5, "input_shape": (1, 4, 4), "hidden": 4}
     return kind(**(weights | choices | settings))
 
@@ -451,7 +451,7 @@ def test_settings_out_of_range_are_refused_at_construction(settings, message):
             r"extract_at=16 is step 16; it must be at least 1, and at most 15, as many as",
         ),
         ({"extract_at": 0}, TinyModule, r"extract_at=0 is step 0; it must be at least 1"),
-        ({"ramp": (0, 20)}, TinyModule, r"reaches its final value at step 20, but the run has 15"),
+        ({"end": 20}, TinyModule, r"reaches its final value at step 20, but the run has 15"),
         ({"input_shape": None}, TinyModule, r"has no example to trace TinyModule with\. Give input_shape, such as"),
         ({"input_shape": (1, 5, 5)}, TinyModule, r"cannot trace TinyModule on an input of shape \(1, 1, 5, 5\)"),
         ({"sparsity": 0.95}, TinyModule, r"sparsity=0\.95 cannot be met: .* 0\.0989 of the flops .* Ask for less"),

@@ -59,3 +59,18 @@ def test_nothing_is_said_before_two_seeds_have_both_arms(evidence):
     for claim in (evidence.Above("a", "b"), evidence.Alike("a", "b", 1.0), evidence.Above("a", "c")):
         assert claim.check(records) is None
     assert evidence.Reaches("c", 90.0, 0.1, 3).check(records) is None
+
+
+def test_narrower_networks_are_compared_at_the_flops_of_the_gated_ones(evidence):
+    gates_accuracy = importlib.import_module("polarization.gates_accuracy")
+
+    def of(flops: int, *accuracies: float) -> list[dict[str, Any]]:
+        return [{"seed": seed, "flops": flops, "test_accuracy": one} for seed, one in enumerate(accuracies)]
+
+    widths = [of(80, 0.8, 0.82), of(60, 0.6), of(20, 0.2, 0.3)]
+    at_70 = gates_accuracy.at_flops(widths, of(100, 0.9), 0.7)
+    assert [(one["seed"], one["flops"]) for one in at_70] == [(0, 70.0)]
+    assert at_70[0]["test_accuracy"] == pytest.approx(0.7)
+    at_30 = gates_accuracy.at_flops([widths[0], widths[2]], of(100, 0.9), 0.3)
+    assert [one["test_accuracy"] for one in at_30] == [pytest.approx(0.3), pytest.approx(0.3 + 0.52 / 6)]
+    assert gates_accuracy.at_flops(widths, of(100, 0.9), 0.9) == []

@@ -4,7 +4,7 @@ python experiments/run.py polarization/digits      # LeNet-300-100 on scikit-lea
 python experiments/run.py polarization/resnet20    # ResNet-20 of half the width on CIFAR-10 at 8x8
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from evidence import SMALL, SMALL_TITLE, Above, Claim, Found, Study
@@ -12,13 +12,19 @@ from evidence import SMALL, SMALL_TITLE, Above, Claim, Found, Study
 from sparsetrain.cli.grid import difference, in_points, origin
 from sparsetrain.report import markdown_table, t_interval
 
-DENSE, GATES, CHANNELS, NARROW = "dense", "gates", "magnitude channels", "narrower dense"
+DENSE, GATES, CHANNELS, WIDTH, NARROW = "dense", "gates", "magnitude channels", "dense of width", "narrower dense"
 SHARES = ("30%", "50%")
 BAR = 0.5  # points that gates may be below another network of as many FLOPs
 
 
 class GatesStudy(Study):
-    """Its table has the FLOPs that are left."""
+    """Its table has the FLOPs that are left; narrower dense networks are compared at those of the gated ones."""
+
+    def networks(self, results: Mapping[str, Any]) -> Found:
+        found = super().networks(results)
+        widths = [found[arm] for arm in found if arm.startswith(WIDTH)]
+        between = {f"{NARROW} {share}": at_flops(widths, found[DENSE], _left(share)) for share in SHARES if widths}
+        return {**found, **{arm: runs for arm, runs in between.items() if len(runs) > 1}}
 
     def table(self, results: Mapping[str, Any]) -> str:
         found = self.networks(results)
@@ -46,6 +52,25 @@ def _of_gates(summary: Mapping[str, Any]) -> dict[str, Any]:
     return {} if extraction is None else {name: extraction[name] for name in ("gates", "undecided", "overruled")}
 
 
+def _left(share: str) -> float:
+    return 1 - int(share.removesuffix("%")) / 100
+
+
+def at_flops(
+    widths: Sequence[list[dict[str, Any]]], dense: Sequence[Mapping[str, Any]], left: float
+) -> list[dict[str, Any]]:
+    """Records of networks with this share of the dense FLOPs, between those of two widths: linear in the FLOPs."""
+    flops = left * dense[0]["flops"]
+    wider = min((runs for runs in widths if runs[0]["flops"] >= flops), key=lambda runs: runs[0]["flops"], default=[])
+    slimmer = max((runs for runs in widths if runs[0]["flops"] < flops), key=lambda runs: runs[0]["flops"], default=[])
+    found = []
+    for one, other in ((one, other) for one in wider for other in slimmer if one["seed"] == other["seed"]):
+        part = (flops - other["flops"]) / (one["flops"] - other["flops"])
+        accuracy = part * one["test_accuracy"] + (1 - part) * other["test_accuracy"]
+        found.append({"seed": one["seed"], "sparsity": 0.0, "flops": flops, "test_accuracy": accuracy})
+    return found
+
+
 def gates_words(found: Found) -> str:
     """How gates fared against networks of as many FLOPs, seed by seed, and how far they agreed."""
     words = []
@@ -71,7 +96,7 @@ def study(
     *,
     reads: str,
     sparsities: Mapping[str, float],
-    narrow: Mapping[str, tuple[str, ...]],
+    widths: Sequence[int] = (),
 ) -> GatesStudy:
     """One of `STUDIES`.
 
@@ -81,16 +106,17 @@ def study(
         recipe: and this; all runs are equally long.
         reads: globs over the weights that read the gated channels, for magnitude channel pruning.
         sparsities: share of FLOPs removed -> sparsity of these weights that leaves the FLOPs, or a few more.
-        narrow: share of FLOPs removed -> overrides of a narrower dense network that has the FLOPs left, or more.
+        widths: of narrower dense networks, with more and fewer FLOPs than those that are left.
     """
-    arms: dict[str, tuple[str, ...]] = {DENSE: ()}
+    arms: dict[str, tuple[str, ...]] = {
+        DENSE: (),
+        **{f"{WIDTH} {width}": (f"model.width={width}",) for width in widths},
+    }
     claims: list[Claim] = []
     for share in SHARES:
-        removed = int(share.removesuffix("%")) / 100
         gates = f"{GATES} {share}"
-        arms[gates] = ("method=polarize", f"method.sparsity={removed}")
-        if share in narrow:
-            arms[f"{NARROW} {share}"] = narrow[share]
+        arms[gates] = ("method=polarize", f"method.sparsity={round(1 - _left(share), 2)}")
+        if widths:
             claims.append(Above(gates, f"{NARROW} {share}", -BAR))
         arms[f"{CHANNELS} {share}"] = (
             *("method=gmp", "pattern=channel", "allocation=uniform", f"method.pruning.where.include={reads}"),
@@ -119,7 +145,6 @@ STUDIES = (
         ("+experiment=digits_dense",),
         reads="[network.fc2.weight,network.fc3.weight]",
         sparsities={"30%": 0.2, "50%": 0.36},
-        narrow={},
     ),
     study(
         "polarization/resnet20",
@@ -127,6 +152,6 @@ STUDIES = (
         SMALL,
         reads="['*.conv2.weight']",
         sparsities={"30%": 0.3, "50%": 0.52},
-        narrow={"30%": ("model.width=7",), "50%": ("model.width=6",)},
+        widths=(7, 6, 5),
     ),
 )

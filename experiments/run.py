@@ -15,6 +15,7 @@ import math
 from collapse import collapse
 from evidence import HERE, Study, all_claims, headline
 from gradual import gradual
+from language import language
 from nm_accuracy import nm_accuracy
 from polarization import defaults, gates_accuracy
 from rewinding import rewinding
@@ -24,7 +25,7 @@ from tickets import tickets
 from sparsetrain.cli.grid import write_between
 from sparsetrain.report import markdown_table
 
-MODULES = (rewinding, gradual, collapse, accuracy, nm_accuracy, gates_accuracy, defaults, tickets)
+MODULES = (rewinding, gradual, collapse, accuracy, nm_accuracy, gates_accuracy, defaults, tickets, language)
 STUDIES: dict[str, Study] = {study.name: study for module in MODULES for study in module.STUDIES}
 
 

@@ -1,0 +1,65 @@
+"""A small GPT on tiny Shakespeare: gradual pruning and 2:4 training beside the dense network, at equal steps.
+
+python experiments/run.py language/shakespeare
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from evidence import Above, Study
+
+from sparsetrain.cli.grid import in_points, origin
+from sparsetrain.report import markdown_table, t_interval
+
+DENSE, GRADUAL, BDWP, STRAIGHT = "dense", "gradual, 80%", "BDWP 2:4", "SR-STE 2:4"
+
+
+class LanguageStudy(Study):
+    """Its table has the loss, in nats a byte."""
+
+    def table(self, results: Mapping[str, Any]) -> str:
+        found, lines = self.networks(results), []
+        for arm, runs in found.items():
+            loss, every = (t_interval([run[of] for run in runs]) for of in ("test_loss", "test_accuracy"))
+            less = ("", "") if arm == self.control else in_points(self.difference(found, arm))
+            lines.append(
+                (
+                    *(arm, f"{runs[0]['sparsity']:.1%}", f"{loss.mean:.3f} +- {loss.std:.3f}"),
+                    *(f"{every.mean:.2%} +- {every.std:.2%}", len(runs), *less),
+                )
+            )
+        header = (
+            *("network", "sparsity", "test loss, nats a byte", "test accuracy, next byte", "seeds"),
+            *(f"less {self.control}, points", "95 % interval"),
+        )
+        return "\n\n".join((markdown_table(header, lines), self.claims_table(results), origin(results)))
+
+
+def facts(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a run beside its test accuracy: the test loss."""
+    return {"test_loss": summary["test"]["loss"]}
+
+
+STUDIES = (
+    LanguageStudy(
+        name="language/shakespeare",
+        title="GPT of 4 layers and width 64, tiny Shakespeare, 2,940 steps",
+        question="What does sparsity cost a small GPT?",
+        recipe=(
+            *("+experiment=gpt_small_dense", "model.layers=4", "model.width=64", "model.heads=4", "model.dropout=0.0"),
+            *("dataset.context=64", "optim.lr=3.0e-3", "trainer.max_epochs=12"),
+        ),
+        arms={
+            DENSE: (),
+            GRADUAL: (
+                *("method=gmp", "schedule=cubic", "method.schedule.final=0.8", "method.schedule.every=20it"),
+                "method.pruning.where.include=['*blocks*']",
+            ),
+            BDWP: ("method=bdwp",),
+            STRAIGHT: ("method=straight_through",),
+        },
+        control=DENSE,
+        claims=(Above(BDWP, DENSE, -1.0), Above(STRAIGHT, DENSE, -1.0), Above(GRADUAL, DENSE, -1.0)),
+        facts=facts,
+    ),
+)

@@ -11,6 +11,8 @@ one thread each; on a GPU they share it.
 
 import argparse
 import math
+import signal
+import sys
 
 from collapse import collapse
 from evidence import HERE, Study, all_claims, headline
@@ -75,6 +77,7 @@ def main() -> None:
         print(overview())
         return
     if arguments.study is not None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the runs are told to end
         study = STUDIES[arguments.study]
         study.grid.measure(study.jobs, arguments.workers, minutes=arguments.minutes, device=arguments.device)
     report()

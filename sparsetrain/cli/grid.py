@@ -69,10 +69,13 @@ class Grid:
             Whether all runs have ended.
 
         Raises:
-            ValueError: the results are of another recipe.
+            ValueError: the results are of another recipe, or no worker.
             RuntimeError: a run has failed; its error was printed.
         """
+        if workers < 1:
+            raise ValueError(f"workers={workers} make no run; give at least 1.")
         results: dict[str, Any] = {"task": self.name, "recipe": [*self.recipe], "runs": []}
+        self.results.parent.mkdir(parents=True, exist_ok=True)
         if self.results.exists():
             results = json.loads(self.results.read_text())
         if results["recipe"] != [*self.recipe]:

@@ -94,8 +94,9 @@ def test_runs_are_made_side_by_side(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module, "_CONTEXT", multiprocessing.get_context("fork"))
     monkeypatch.setattr(Classifier, "on_train_start", waits_for_the_other)
-    grid = Grid("tiny", DENSE, ARMS, Path("runs"), tmp_path / "results.json")
+    grid = Grid("tiny", DENSE, ARMS, Path("runs"), tmp_path / "new" / "results.json")
     assert grid.measure([(ALONE, 1), (ALONE, 2)], 2)
+    assert recorded(json.loads(grid.results.read_text())) == [(ALONE, 1), (ALONE, 2)]
 
 
 def test_a_record_has_the_facts_of_the_run_and_those_asked_for(calls):
@@ -120,6 +121,11 @@ def test_overrides_name_the_seed_and_the_folder_of_all_runs(calls):
         start, end = (load_file(grid.runs / f"{name}-{seed}" / "model.safetensors") for name in ("dense", "from-it-1"))
         apart = [float((end[name] - start[name]).norm() / start[name].norm()) for name in ("fc1.weight", "fc2.weight")]
         assert max(apart) < 0.5  # two other initialisations are apart by 1.4
+
+
+def test_no_worker_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"workers=0 make no run; give at least 1"):
+        Grid("tiny", DENSE, ARMS, tmp_path, tmp_path / "results.json").measure(WANTED, 0)
 
 
 def test_results_of_another_recipe_are_refused(calls):

@@ -5,17 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparsetrain.gates import (
-    InputGates,
-    StaticGates,
-    binarize,
-    gates_of,
-    last_logits,
-    unwrap,
-    wrap_block,
-    wrap_channels,
-)
-from sparsetrain.selection import Selection
+from sparsetrain.gates import Gates, InputGates, StaticGates, binarize, make_gates
 
 
 class Residual(nn.Module):
@@ -55,30 +45,35 @@ def make_net(stride: int = 1) -> Net:
     return net.eval()
 
 
-def gate(net: nn.Module, hidden: int | None = 3, *, spread: bool = False) -> nn.Module:
+def gate(net: nn.Module, hidden: int | None = 3, *, spread: bool = False) -> dict[str, Gates]:
     """Gates on inner channels, the block and hidden units; `spread`: open and closed ones, by input."""
     stream = torch.Generator().manual_seed(1)
-    choices = {"hidden": hidden, "generator": stream}
-    wrap_channels(net, "block.conv1", before="block.conv2", **choices)
-    wrap_block(net, "block", features=4, axis=-3, **choices)
-    wrap_channels(net, "fc1", before="fc2", **choices)
+    shapes = {"block.conv1": (6, -3), "block": (1, -3), "fc1": (5, -1)}
+    dtype = net.fc1.weight.dtype
+    gates = {
+        name: make_gates(count, name=name, axis=axis, features=4, hidden=hidden, generator=stream).to(dtype)
+        for name, (count, axis) in shapes.items()
+    }
+    gates["block.conv1"].attach_channels(net.block.conv1, net.block.conv2)
+    gates["block"].attach_block(net.block)
+    gates["fc1"].attach_channels(net.fc1, net.fc2)
     if spread:
-        scatter(net, stream)
-    return net
+        scatter(net, gates, stream)
+    return gates
 
 
 @torch.no_grad()
-def scatter(net: nn.Module, stream: torch.Generator) -> None:
-    for gates in gates_of(net).values():
-        if isinstance(gates, StaticGates):
-            gates.free[::2] = 1.0 if gates.count == 1 else -1.0
+def scatter(net: nn.Module, gates: dict[str, Gates], stream: torch.Generator) -> None:
+    for each in gates.values():
+        if isinstance(each, StaticGates):
+            each.free[::2] = 1.0 if each.count == 1 else -1.0
         else:
-            gates.down_bias.fill_(1.0)
-            gates.up.normal_(generator=stream)
+            each.down_bias.fill_(1.0)
+            each.up.normal_(generator=stream)
     net(images().to(net.fc1.weight.dtype))
-    for gates in gates_of(net).values():
-        if isinstance(gates, InputGates):
-            gates.up_bias -= gates.last_logits.median(0).values
+    for each in gates.values():
+        if isinstance(each, InputGates):
+            each.up_bias -= each.last_logits.median(0).values
 
 
 def images(count: int = 16) -> Tensor:
@@ -98,17 +93,19 @@ def test_gates_are_exactly_0_and_1_with_the_gradient_of_the_sigmoid(dtype):
 
 @pytest.mark.parametrize("hidden", [3, None])
 def test_gates_begin_open_whatever_the_input_and_change_nothing(hidden):
-    plain = make_net()
-    gated = gate(deepcopy(plain), hidden)
+    plain, gated = make_net(), make_net()
+    gate(gated, hidden)
     for scale in (1, 1000):
         assert torch.equal(gated(images() * scale), plain(images() * scale))
 
 
 @torch.no_grad()
 def test_input_gates_are_the_network_of_their_formula_and_differ_among_samples():
-    net, x = gate(make_net(), spread=True), images()
+    net, x = make_net(), images()
+    every = gate(net, spread=True)
     net(x)
-    found, gates = last_logits(net)["block.conv1"], gates_of(net)["block.conv1"]
+    gates = every["block.conv1"]
+    found = gates.last_logits
     features = torch.relu(net.stem(x))
     for sample in range(len(x)):
         pooled = torch.stack([features[sample, channel].sum() / 16 for channel in range(4)])
@@ -118,17 +115,17 @@ def test_input_gates_are_the_network_of_their_formula_and_differ_among_samples()
             for row, bias in zip(gates.up, gates.up_bias, strict=True)
         ]
         assert found[sample].tolist() == pytest.approx(expected)
-    for name, logits in last_logits(net).items():
-        opened = (logits >= 0).double().mean(0)
+    for name, each in every.items():
+        opened = (each.last_logits >= 0).double().mean(0)
         assert ((opened > 0) & (opened < 1)).any(), name
 
 
 @pytest.mark.parametrize("hidden", [3, None])
 def test_a_gated_network_computes_what_its_open_parts_do(hidden):
-    plain = make_net()
-    net, x = gate(deepcopy(plain), hidden, spread=True), images()
+    plain, net, x = make_net(), make_net(), images()
+    every = gate(net, hidden, spread=True)
     out = net(x)
-    gates = {name: (logits >= 0).expand(len(x), -1) for name, logits in last_logits(net).items()}
+    gates = {name: (each.last_logits >= 0).expand(len(x), -1) for name, each in every.items()}
     assert all((~mask).any() and mask.any() for mask in gates.values() if hidden or mask.shape[1] > 1)
     for sample in range(len(x)):
         pixels = torch.relu(plain.stem(x[sample : sample + 1]))
@@ -148,7 +145,8 @@ def test_a_closed_block_returns_its_input_and_an_open_one_its_output_bit_for_bit
     block, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), 100 * torch.randn(64, 4)
     expected = block(x)
     assert not torch.equal(x + (expected - x), expected)  # the naive blend rounds
-    gates = wrap_block(nn.ModuleDict({"block": block}), "block", features=4, axis=-1, hidden=8)
+    gates = make_gates(1, name="block", axis=-1, features=4, hidden=8)
+    gates.attach_block(block)
     with torch.no_grad():
         gates.up.normal_()
         gates.up_bias.zero_()
@@ -159,25 +157,13 @@ def test_a_closed_block_returns_its_input_and_an_open_one_its_output_bit_for_bit
     assert torch.equal(out[~is_open], x[~is_open])
 
 
-def test_a_block_that_is_a_sequential_keeps_its_parts():
-    class Skip(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + super().forward(x)
-
-    net, x = nn.Sequential(Skip(nn.Linear(3, 3), nn.ReLU()), Skip(nn.Linear(3, 3))), torch.randn(2, 3)
-    expected = net(x)
-    for name in ("0", "1"):
-        wrap_block(net, name, features=3, axis=-1)
-    assert torch.equal(net(x), expected)
-    assert [len(part) for part in net] == [2, 1]
-    assert gates_of(net).keys() == last_logits(net).keys() == {"0", "1"}
-
-
 def test_tokens_are_gated_at_their_last_axis_by_their_mean_over_positions():
     torch.manual_seed(0)
     mlp, x = nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 3)), torch.randn(6, 5, 3)
-    units = wrap_channels(mlp, "0", hidden=2)
-    skip = wrap_block(nn.ModuleDict({"mlp": mlp}), "mlp", features=3, axis=-1, hidden=2)
+    units = make_gates(4, name="0", axis=-1, features=3, hidden=2)
+    units.attach_channels(mlp[0], mlp[2])
+    skip = make_gates(1, name="mlp", axis=-1, features=3, hidden=2)
+    skip.attach_block(mlp)
     with torch.no_grad():
         units.up.normal_()
         units.up_bias.zero_()
@@ -191,88 +177,59 @@ def test_tokens_are_gated_at_their_last_axis_by_their_mean_over_positions():
     torch.testing.assert_close(out, expected)
 
 
-@pytest.mark.parametrize("hidden", [3, None])
-def test_the_state_dict_is_that_of_the_plain_network_and_any_optimizer_trains_the_gates(hidden):
-    plain = make_net()
-    net = gate(deepcopy(plain), hidden, spread=True)
-    assert list(net.state_dict()) == list(plain.state_dict())
-    plain.load_state_dict(net.state_dict())
-    net.load_state_dict(make_net().state_dict())
-    before = {name: value.clone() for name, value in net.named_parameters() if "gates_of" in name}
-    assert len(before) == (3 if hidden is None else 12)
-    net(images()).square().sum().backward()
-    torch.optim.SGD(net.parameters(), lr=0.1).step()
-    for name, value in net.named_parameters():
-        assert name not in before or not torch.equal(value, before[name]), name
-
-
-def test_closed_gates_get_a_gradient_of_the_task_where_they_lie_behind_the_relu():
+def test_closed_gates_get_a_gradient_of_the_task_though_a_relu_lies_before_the_reader():
     torch.manual_seed(0)
-    grads = {}
-    for place in ("before", "after"):
-        net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-        gates = wrap_channels(net, "0", hidden=None, **{"before": {"before": "2"}, "after": {}}[place])
-        nn.init.constant_(gates.free, -1.0)
-        net(torch.randn(32, 3)).square().sum().backward()
-        grads[place] = gates.free.grad
-    assert grads["before"].all()
-    assert not grads["after"].any()
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    gates = make_gates(4, name="0", axis=-1, features=3, hidden=None)
+    gates.attach_channels(net[0], net[2])
+    nn.init.constant_(gates.free, -1.0)
+    net(torch.randn(32, 3)).square().sum().backward()
+    assert gates.free.grad.all()
 
 
 @pytest.mark.parametrize("copy", [deepcopy, lambda net: pickle.loads(pickle.dumps(net))], ids=["deepcopy", "pickle"])
 def test_a_copy_made_after_a_forward_pass_has_gates_of_its_own(copy):
-    net, x = gate(make_net(), spread=True), images()
+    net, x = make_net(), images()
+    gates = gate(net, spread=True)
     out = net(x)
     other = copy(net)
-    assert all(gates.last_logits is None for gates in gates_of(other).values())
     assert torch.equal(other(x), out)
-    for gates in gates_of(other).values():
-        nn.init.constant_(gates.up_bias, 1e4)
-    assert torch.equal(other(x), make_net()(x))
-    assert torch.equal(net(x), out)
-    unwrap(other)
-    assert torch.equal(other(x), make_net()(x))
-    assert torch.equal(net(x), out)
+    for each in gates.values():
+        nn.init.constant_(each.up_bias, 1e4)
+    assert torch.equal(net(x), make_net()(x))
+    assert torch.equal(other(x), out)
 
 
-def test_unwrapping_leaves_the_plain_network_and_returns_the_gates():
-    plain = make_net()
-    net = gate(deepcopy(plain), spread=True)
+def test_without_its_gates_the_network_is_the_plain_one():
+    plain, net = make_net(), make_net()
+    gates = gate(net, spread=True)
+    assert list(net.state_dict()) == list(plain.state_dict())
+    assert len([*net.parameters()]) == len([*plain.parameters()])
     net(images())
-    assert sorted(unwrap(net)) == ["block", "block.conv1", "fc1"]
+    for each in gates.values():
+        each.detach()
     assert torch.equal(net(images()), plain(images()))
-    for part, other in zip(net.modules(), plain.modules(), strict=True):
-        assert vars(part).keys() == vars(other).keys()
-        assert not part._forward_hooks
-        assert not part._forward_pre_hooks
-        assert part._modules.keys() == other._modules.keys()
-    assert unwrap(net) == {}
-    gate(net)  # again
-
-
-def test_selections_do_not_prune_the_gates_own_network():
-    chosen = [row.name for row in Selection().plan(gate(make_net())) if row.pruned]
-    assert chosen == [row.name for row in Selection().plan(make_net()) if row.pruned]
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in net.modules())
 
 
 def test_initial_weights_come_from_the_given_generator_alone():
-    one, other = make_net(), make_net()
     state = torch.get_rng_state()
-    gate(one)
+    one = gate(make_net())
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(1)
-    gate(other)
-    assert torch.equal(gates_of(one)["fc1"].down, gates_of(other)["fc1"].down)
+    other = gate(make_net())
+    assert torch.equal(one["fc1"].down, other["fc1"].down)
 
 
 def test_gates_are_computed_in_full_precision_under_autocast():
-    net, x = gate(make_net().float(), spread=True), images().float()
-    features, gates = torch.relu(net.stem(x)), gates_of(net)["block"]
+    net, x = make_net().float(), images().float()
+    every = gate(net, spread=True)
+    features, gates = torch.relu(net.stem(x)), every["block"]
     expected = gates.logits(features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(gates.logits(features), expected)
         assert net(x).dtype == torch.bfloat16
-    assert all(logits.dtype == torch.float32 for logits in last_logits(net).values())
+    assert all(each.last_logits.dtype == torch.float32 for each in every.values())
 
 
 @pytest.mark.slow
@@ -280,65 +237,40 @@ def test_a_compiled_network_gives_the_same_output_gates_and_gradients():
     results = []
     for compiled in (False, True):
         net = nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)))
-        wrap_channels(net, "0.0", before="0.2", generator=torch.Generator().manual_seed(0))
-        wrap_block(net, "0", features=3, axis=-1, generator=torch.Generator().manual_seed(0))
+        units = make_gates(4, name="0.0", axis=-1, features=3, hidden=16)
+        units.attach_channels(net[0][0], net[0][2])
+        skip = make_gates(1, name="0", axis=-1, features=3, hidden=16)
+        skip.attach_block(net[0])
         torch.manual_seed(0)
-        for parameter in net.parameters():
+        parameters = [*net.parameters(), *units.parameters(), *skip.parameters()]
+        for parameter in parameters:
             nn.init.normal_(parameter)
         x = torch.randn(8, 3)
         torch.compiler.reset()
         out = (torch.compile(net, backend="aot_eager") if compiled else net)(x)
-        means = [binarize(logits).mean(0) for logits in last_logits(net).values()]
+        means = [binarize(gates.last_logits).mean(0) for gates in (units, skip)]
         assert any(0 < mean < 1 for mean in torch.cat(means))
         (out.square().sum() + sum(mean.square().sum() for mean in means)).backward()
-        results.append((out.detach(), [mean.detach() for mean in means], [p.grad for p in net.parameters()]))
+        results.append((out.detach(), [mean.detach() for mean in means], [p.grad for p in parameters]))
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize(
-    ("wrap", "message"),
-    [
-        (lambda net: wrap_channels(net, "block.conv3"), r"No module is called 'block.conv3'. Near names: 'block.conv"),
-        (lambda net: wrap_channels(net, "block.bn1"), r"'block.bn1' is BatchNorm2d; gated are channels of conv"),
-        (lambda net: wrap_channels(gate(net), "fc1"), r"'fc1' has gates already\. Call unwrap"),
-        (lambda net: wrap_channels(net, "fc1", after="fc2", before="fc2"), r"'fc1' multiply once: give after='fc2' or"),
-        (lambda net: wrap_channels(net, "fc1", hidden=0), r"hidden=0 must be at least 1, or None"),
-        (lambda net: wrap_channels(net, "fc1", open_logit=0.0), r"open_logit=0\.0 would let the gates begin closed"),
-        (lambda net: wrap_block(net, "block", features=4, axis=1), r"axis=1 is not counted from the end\. Give -3"),
-        (lambda net: wrap_channels(nn.Sequential(nn.Linear(2, 1)), "0"), r"'0' has one output, which cannot be left"),
-        (lambda net: wrap_block(nn.Sequential(nn.ReLU()), "0", features=4, axis=-3), r"'0' has no parameters"),
-    ],
-)
-def test_what_cannot_be_gated_is_refused_with_the_remedy(wrap, message):
-    with pytest.raises(ValueError, match=message):
-        wrap(make_net())
+def gates_on(count: int, features: int, axis: int = -3) -> Gates:
+    return make_gates(count, name="it", axis=axis, features=features, hidden=3).double()
 
 
 @pytest.mark.parametrize(
-    ("stride", "wrap", "message"),
+    ("stride", "attach", "message"),
     [
-        (2, lambda n: wrap_block(n, "block", features=4, axis=-3), r"'block' makes \(16, 4, 2, 2\) of \(16, 4, 4, 4\)"),
-        (
-            1,
-            lambda n: wrap_block(n, "block", features=5, axis=-3),
-            r"look at 5 features, but its input of shape .* 4 at",
-        ),
-        (
-            1,
-            lambda n: wrap_channels(n, "block.conv1", after="fc1"),
-            r"6 gates of 'block.conv1' do not fit a tensor of shape",
-        ),
-        (1, lambda n: wrap_channels(n, "fc1", after="block.bn1"), r"has run without 'fc1' before it"),
-        (1, lambda n: wrap_block(n, "fc1", features=4, axis=-3), r"'fc1' need a batch of tensors .* got \(16, 4\)"),
+        (2, lambda n: gates_on(1, 4).attach_block(n.block), r"'it' makes \(16, 4, 2, 2\) of \(16, 4, 4, 4\)"),
+        (1, lambda n: gates_on(1, 5).attach_block(n.block), r"look at 5 features, but its input of shape .* 4 at"),
+        (1, lambda n: gates_on(6, 4).attach_channels(n.block.conv1, n.fc1), r"6 gates of 'it' do not fit \(16, 4\)"),
+        (1, lambda n: gates_on(5, 4, -1).attach_channels(n.fc1, n.block.bn1), r"has run without 'it' before it"),
+        (1, lambda n: gates_on(1, 4).attach_block(n.fc1), r"'it' need a batch of tensors .* got \(16, 4\)"),
     ],
 )
-def test_what_the_forward_pass_shows_to_be_wrong_is_refused_with_the_layer(stride, wrap, message):
+def test_what_the_forward_pass_shows_to_be_wrong_is_refused_with_the_layer(stride, attach, message):
     net = make_net(stride)
-    wrap(net)
+    attach(net)
     with pytest.raises(ValueError, match=message):
         net(images())
-
-
-def test_gates_that_have_seen_no_batch_are_named():
-    with pytest.raises(ValueError, match=r"The gates of 'block.conv1' have seen no batch"):
-        last_logits(gate(make_net()))

@@ -15,7 +15,7 @@ from sparsetrain.callbacks.gated import Gated
 from sparsetrain.callbacks.penalty import AddedTerms
 from sparsetrain.callbacks.recalibration import fresh, inputs_of
 from sparsetrain.callbacks.trainer import forget_compiled, train_loaders
-from sparsetrain.gates import Gates, InputGates, StaticGates
+from sparsetrain.gates import Gates, make_gates
 from sparsetrain.polarization import Consensus, mean_gates
 from sparsetrain.rng import generator
 
@@ -150,19 +150,14 @@ class GateTraining:
         return logits
 
     def _gates_on(self, layer: Gated) -> Gates:
-        gates: Gates
-        if self._hidden is None:
-            gates = StaticGates(len(layer.units), name=layer.name, axis=layer.axis, open_logit=2.0)
-        else:
-            gates = InputGates(
-                len(layer.units),
-                name=layer.name,
-                axis=layer.axis,
-                features=layer.features,
-                hidden=self._hidden,
-                open_logit=2.0,
-                generator=generator(self._seed, "gates", layer.name),
-            )
+        gates = make_gates(
+            len(layer.units),
+            name=layer.name,
+            axis=layer.axis,
+            features=layer.features,
+            hidden=self._hidden,
+            generator=generator(self._seed, "gates", layer.name),
+        )
         weight = next(self.pl_module.get_submodule(layer.name).parameters())
         return gates.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
 

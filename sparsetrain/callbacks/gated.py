@@ -59,7 +59,7 @@ class GatedLayer(Gated):
 
     def attach(self, module: nn.Module, gates: Gates) -> None:
         layer, reader = module.get_submodule(self.name), module.get_submodule(self.reader)
-        gates.attach_channels(layer, after=None, before=reader, size=self.size)
+        gates.attach_channels(layer, reader, size=self.size)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from sparsetrain.callbacks.gate_training import GateTraining
 from sparsetrain.callbacks.gated import GatedLayer, close_, closed_units, gated_blocks, gated_layers, masked, operations
 from sparsetrain.callbacks.polarization import Extraction
 from sparsetrain.data import InMemoryLoader
-from sparsetrain.gates import gates_of, wrap_channels
+from sparsetrain.gates import make_gates
 from sparsetrain.models import CifarResNet
 from sparsetrain.polarization import expected_cost
 from sparsetrain.report.measure import cost
@@ -170,7 +170,8 @@ def count_of(network: nn.Module, example: Tensor, measure: str) -> int:
 def test_channels_that_a_linear_layer_reads_flattened_are_gated_as_a_whole():
     torch.manual_seed(0)
     model, x = Small().eval(), torch.randn(5, 1, 4, 4)
-    gates = wrap_channels(model.net, "3", before="6", hidden=None)
+    gates = make_gates(model.net[3].out_channels, name="3", axis=-3, features=1, hidden=None)
+    gates.attach_channels(model.net[3], model.net[6], size=model.net[6].in_features // gates.count)
     with torch.no_grad():
         gates.free[1] = -1.0
         gated = model(x)
@@ -223,7 +224,7 @@ def test_the_cost_of_closed_blocks_is_that_of_the_network_without_them(make, sha
 def test_the_module_that_is_left_is_plain_and_shrinks_to_the_cost_that_was_found():
     run = fit(gating(), make=PlainModule)
     callback, module, x = run.callback, run.module.eval(), torch.randn(3, 1, 4, 4)
-    assert not gates_of(module)
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     assert {name.partition("[")[0] for name in (unit.name for unit in callback.units)} == {"body.0", "body.5"}
     assert len(callback.units) == callback.extraction.closed
     small = export.shrink(module, callback.units, x)
@@ -478,7 +479,7 @@ def test_settings_out_of_range_are_refused_at_construction(settings, message):
             r"cannot run in float64 on an input of shape",
         ),
         ({}, Manual, r"Manual optimizes manually"),
-        ({}, Functional, r"gates of 'body.5' multiply|'body.5' .* has run without 'body.5' before it"),
+        ({}, Functional, r"reads the channels of 'body.5' has run without 'body.5' before it, or twice after it"),
     ],
 )
 def test_what_does_not_fit_the_module_or_the_run_is_refused_before_a_step(settings, make, message):

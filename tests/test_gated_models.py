@@ -50,13 +50,11 @@ def test_a_network_with_closed_gates_and_the_smaller_one_have_the_same_outputs_a
     assert len(layers) == count
     whole, opened, gates = operations(model, layers, example, "flops"), {}, []
     for layer in layers:
-        owner, reader = model.get_submodule(layer.name), model.get_submodule(layer.reader)
-        axis = -1 - len(getattr(owner, "kernel_size", ()))
-        own = StaticGates(len(layer.units), name=layer.name, axis=axis, open_logit=1.0).double()
+        own = StaticGates(len(layer.units), name=layer.name, axis=layer.axis).double()
         with torch.no_grad():
             own.free[torch.rand(len(layer.units)) < 0.5] = -1.0
             own.free[0] = 1.0
-        own.attach_channels(owner, after=None, before=reader, size=layer.size)
+        layer.attach(model, own)
         opened[layer.name] = own.free >= 0
         gates.append(own)
     with torch.no_grad():

@@ -213,16 +213,16 @@ class Study:
         found, lines = self.networks(results), []
         for arm, runs in found.items():
             every = t_interval([one["test_accuracy"] for one in runs])
-            less = ("", "") if arm == self.control else in_points(self.difference(found, arm))
             sparsity, accuracy = f"{runs[0]['sparsity']:.1%}", f"{every.mean:.2%} +- {every.std:.2%}"
-            lines.append((arm, sparsity, accuracy, len(runs), *less))
+            lines.append((arm, sparsity, accuracy, len(runs), *self.less_control(found, arm)))
         header = ("network", "sparsity", "test accuracy", "seeds", f"less {self.control}, points", "95 % interval")
         parts = [markdown_table(header, lines), self.claims_table(results), origin(results)]
         return "\n\n".join(part for part in parts if part)
 
-    def difference(self, found: Found, arm: str) -> Interval:
-        """What the accuracy of an arm is above the control's, over the seeds that both have."""
-        return difference(found[arm], found[self.control])
+    def less_control(self, found: Found, arm: str) -> tuple[str, str]:
+        """The accuracy of an arm less the control's in points, and its interval; "" before two seeds have both."""
+        less = None if arm == self.control else _difference(found, arm, self.control)
+        return ("", "") if less is None else in_points(less)
 
     def claims_table(self, results: Mapping[str, Any]) -> str:
         """What was found of each claim; "" if nothing is claimed."""

@@ -55,10 +55,10 @@ def index() -> str:
 
 
 def report() -> None:
-    """Write all tables and pictures."""
+    """Write all tables and pictures; a study is in them as soon as two seeds have its control."""
     for study in STUDIES.values():
         results = study.results
-        if study.networks(results):
+        if study.control in study.networks(results):
             study.report(results)
     for marker, body in headlines().items():
         write_between(HERE.parent / "README.md", marker, body)

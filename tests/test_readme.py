@@ -130,8 +130,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_tables_of_studies_are_those_of_their_results(run) -> None:
     for study in run.STUDIES.values():
-        if results := study.networks(study.results):
-            assert study.control in results
+        if study.control in study.networks(study.results):
             assert study.table(study.results) in (study.folder / "README.md").read_text()
     for marker, body in run.headlines().items():
         assert f"<!-- {marker}:begin -->\n{body}\n" in README

@@ -8,7 +8,7 @@ from typing import Any
 
 from evidence import Above, Study
 
-from sparsetrain.cli.grid import in_points, origin
+from sparsetrain.cli.grid import origin
 from sparsetrain.report import markdown_table, t_interval
 
 DENSE, GRADUAL, BDWP, STRAIGHT = "dense", "gradual, 80%", "BDWP 2:4", "SR-STE 2:4"
@@ -21,11 +21,10 @@ class LanguageStudy(Study):
         found, lines = self.networks(results), []
         for arm, runs in found.items():
             loss, every = (t_interval([run[of] for run in runs]) for of in ("test_loss", "test_accuracy"))
-            less = ("", "") if arm == self.control else in_points(self.difference(found, arm))
             lines.append(
                 (
                     *(arm, f"{runs[0]['sparsity']:.1%}", f"{loss.mean:.3f} +- {loss.std:.3f}"),
-                    *(f"{every.mean:.2%} +- {every.std:.2%}", len(runs), *less),
+                    *(f"{every.mean:.2%} +- {every.std:.2%}", len(runs), *self.less_control(found, arm)),
                 )
             )
         header = (

@@ -8,7 +8,7 @@ from typing import Any
 
 from evidence import Study
 
-from sparsetrain.cli.grid import difference, in_points, origin
+from sparsetrain.cli.grid import origin
 from sparsetrain.report import markdown_table, t_interval
 
 BASE = "gate_lr=0.01, a=10, b=100"
@@ -42,12 +42,20 @@ class SettingsStudy(Study):
         found, lines = self.networks(results), []
         for arm, runs in found.items():
             accuracy = t_interval([run["test_accuracy"] for run in runs])
-            less = in_points(difference(runs, found[BASE])) if arm != BASE else ()
             gates = runs[0]["gates"]
             undecided = sum(run["undecided"] for run in runs) / len(runs)
             overruled = sum(run["overruled"] for run in runs) / len(runs) / gates
             measured = f"{accuracy.mean:.2%} +- {accuracy.std:.2%}"
-            lines.append((arm, measured, len(runs), " ".join(less), f"{undecided:.1%}", f"{overruled:.1%}"))
+            lines.append(
+                (
+                    arm,
+                    measured,
+                    len(runs),
+                    " ".join(self.less_control(found, arm)).strip(),
+                    f"{undecided:.1%}",
+                    f"{overruled:.1%}",
+                )
+            )
         header = ("setting", "test accuracy", "seeds", "less the first, points", "gates undecided", "overruled")
         return f"{markdown_table(header, lines)}\n\n{origin(results)}"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from evidence import SMALL, SMALL_TITLE, Above, Claim, Found, Study
 
-from sparsetrain.cli.grid import difference, in_points, origin
+from sparsetrain.cli.grid import origin
 from sparsetrain.report import markdown_table, t_interval
 
 DENSE, GATES, CHANNELS, WIDTH, NARROW = "dense", "gates", "magnitude channels", "dense of width", "narrower dense"
@@ -22,8 +22,10 @@ class GatesStudy(Study):
 
     def networks(self, results: Mapping[str, Any]) -> Found:
         found = super().networks(results)
+        if DENSE not in found:
+            return found
         widths = [found[arm] for arm in found if arm.startswith(WIDTH)]
-        between = {f"{NARROW} {share}": at_flops(widths, found[DENSE], _left(share)) for share in SHARES if widths}
+        between = {f"{NARROW} {share}": at_flops(widths, found[DENSE], _left(share)) for share in SHARES}
         return {**found, **{arm: runs for arm, runs in between.items() if len(runs) > 1}}
 
     def table(self, results: Mapping[str, Any]) -> str:
@@ -32,10 +34,11 @@ class GatesStudy(Study):
         lines = []
         for arm, runs in found.items():
             accuracy = t_interval([run["test_accuracy"] for run in runs])
-            drop = in_points(difference(runs, found[DENSE])) if arm != DENSE else ("", "")
             flops = [run["flops"] / dense for run in runs]
             share = f"{min(flops):.1%}" if max(flops) - min(flops) < 5e-4 else f"{min(flops):.1%} to {max(flops):.1%}"
-            lines.append((arm, share, f"{accuracy.mean:.2%} +- {accuracy.std:.2%}", len(runs), *drop))
+            lines.append(
+                (arm, share, f"{accuracy.mean:.2%} +- {accuracy.std:.2%}", len(runs), *self.less_control(found, arm))
+            )
         header = ("network", "FLOPs left", "test accuracy", "seeds", "less dense, points", "95 % interval")
         tables = (markdown_table(header, lines), self.claims_table(results), gates_words(found), origin(results))
         return "\n\n".join(tables)

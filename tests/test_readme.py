@@ -61,6 +61,7 @@ def test_the_blocks_that_train_prune_a_module_they_have_never_seen(tmp_path, mon
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.filterwarnings("ignore:.* of the gates are undecided")  # the run has 200 steps
 def test_the_block_that_makes_a_network_smaller_does(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run_block(BLOCKS[3], tmp_path, monkeypatch)

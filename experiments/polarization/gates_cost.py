@@ -114,7 +114,7 @@ def gating(arm: str, shape: tuple[int, int, int]) -> list[L.Callback]:
     """The callback of an arm, with both terms in the loss."""
     if arm == "dense":
         return []
-    weights = {"polarization": LinearWeight(1.0), "budget": LinearWeight(1.0)}
+    weights = {"polarization": LinearWeight(1.0), "budget": 1.0}
     return [PolarizationGating(input_shape=shape, hidden=16 if arm == "input" else None, **weights)]
 
 

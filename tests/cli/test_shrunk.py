@@ -15,7 +15,7 @@ from sparsetrain.report import cost
 CHANNELS = ("method=gmp", "method.schedule.final=0.5", "method.schedule.begin=1it", "method.schedule.end=8it")
 CHANNELS += ("method.schedule.every=2it", "allocation=uniform", "pattern=channel")
 GATES = ("method=polarize", "method.hidden=null", "method.gate_lr=0.5", "method.extract_at=8it")
-GATES += ("method.polarization={final:1.0,begin:0,end:4it}", "method.budget={final:10.0,begin:0,end:4it}")
+GATES += ("method.polarization={final:1.0,begin:0,end:4it}", "method.begin=0it", "method.end=4it", "method.budget=10.0")
 
 
 def configuration(folder: Path, *overrides: str) -> DictConfig:

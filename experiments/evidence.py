@@ -27,6 +27,14 @@ Found = Mapping[str, list[dict[str, Any]]]
 """Arm -> the records of its runs, of two or more."""
 
 
+def cubic(final: float) -> tuple[str, ...]:
+    """Overrides of gradual pruning from a tenth to 70 % of a run."""
+    return (
+        *("method=gmp", "schedule=cubic", f"method.schedule.final={final}"),
+        *("method.schedule.begin=0.1run", "method.schedule.end=0.7run", "method.schedule.every=10it"),
+    )
+
+
 @dataclass(frozen=True)
 class Line:
     """What was found of a claim.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from evidence import SMALL, SMALL_TITLE, Above, Claim, Found, Line, Study
+from evidence import SMALL, SMALL_TITLE, Above, Claim, Found, Line, Study, cubic
 
 from sparsetrain.cli.grid import origin
 from sparsetrain.report import markdown_table, t_interval
@@ -71,8 +71,7 @@ def within(share: str) -> str:
 
 def _global(share: str, floor_share: float) -> tuple[str, ...]:
     return (
-        *("method=gmp", "schedule=cubic", f"method.schedule.final={round(float(share.removesuffix('%')) / 100, 4)}"),
-        *("method.schedule.begin=0.1run", "method.schedule.end=0.7run", "method.schedule.every=10it"),
+        *cubic(round(float(share.removesuffix("%")) / 100, 4)),
         *("method.pruning.allocation.floor=0", f"method.pruning.allocation.floor_share={floor_share}"),
     )
 

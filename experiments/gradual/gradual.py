@@ -3,7 +3,7 @@
 python experiments/run.py gradual/resnet20
 """
 
-from evidence import SMALL, SMALL_TITLE, Above, Study
+from evidence import SMALL, SMALL_TITLE, Above, Study, cubic
 
 DENSE, SMALLER = "dense", "dense, 0.4 of the width"
 SHARES = ("80%", "90%", "95%")
@@ -21,13 +21,6 @@ def at_once(share: str) -> str:
 
 def _sparsity(share: str) -> float:
     return int(share.removesuffix("%")) / 100
-
-
-def _cubic(share: str) -> tuple[str, ...]:
-    return (
-        *("method=gmp", "schedule=cubic", f"method.schedule.final={_sparsity(share)}"),
-        *("method.schedule.begin=0.1run", "method.schedule.end=0.7run", "method.schedule.every=10it"),
-    )
 
 
 def _one_shot(share: str) -> tuple[str, ...]:
@@ -49,10 +42,10 @@ STUDIES = (
         arms={
             DENSE: (),
             SMALLER: ("model.width=3",),
-            **{gradual(share): _cubic(share) for share in SHARES},
+            **{gradual(share): cubic(_sparsity(share)) for share in SHARES},
             **{at_once(share): _one_shot(share) for share in SHARES},
-            "gradual, 90%, uniform": (*_cubic("90%"), "allocation=uniform"),
-            "gradual, 90%, ERK": (*_cubic("90%"), "allocation=erk"),
+            "gradual, 90%, uniform": (*cubic(0.9), "allocation=uniform"),
+            "gradual, 90%, ERK": (*cubic(0.9), "allocation=erk"),
         },
         control=DENSE,
         claims=(

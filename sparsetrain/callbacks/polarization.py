@@ -60,8 +60,8 @@ class PolarizationGating(SparsityCallback):
 
     with g_i the mean of gate i over the batch, on all ranks, and C the expected cost of one example; see
     `sparsetrain.polarization`. The first term makes a gate the same for all inputs, the second meets the budget. That
-    shrinks bit by bit: s(t) grows linearly from 0 at `begin` to `sparsity` at `end`, so that the gates that the task
-    can spare close one after the other; a full budget at once closes them before the network has learned what for.
+    shrinks bit by bit: s(t) grows linearly from 0 at `begin` to `sparsity` at `end`, so that gates close one after the
+    other.
 
     At `extract_at` the gates are looked at over all training data, in evaluation mode; those open for the fewest
     examples are closed until the budget is met, and no further. The weights that read closed channels become 0 and are

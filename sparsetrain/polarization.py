@@ -175,10 +175,12 @@ class Consensus:
     def fill_to_budget(
         self, operations: Sequence[Operation], budget: float, *, low: float = 0.05, high: float = 0.95
     ) -> Decision:
-        """Close gates, those with the least consensus first, until the cost is at most the budget, and no further.
+        """Close gates until the cost is at most the budget, as near to it as it goes.
 
-        Gates of equal mean are ranked by their mean probability, then by place: a later one is closed first. The last
-        gate of a vector stays open, for a layer needs an output; a vector of one gate is a block, which may be closed.
+        Those with the least consensus are closed first. The last one may cost more than was left to remove; so those
+        that fit are opened again, those with the most consensus first. Gates of equal mean are ranked by their mean
+        probability, then by place: a later one is closed first. The last gate of a vector stays open, for a layer needs
+        an output; a vector of one gate is a block, which may be closed.
 
         Args:
             operations: all of the network's, those without gates too.
@@ -195,28 +197,34 @@ class Consensus:
         means, dense = self._observed(), _dense_cost(operations)
         order = self._closing_order()
 
+        def cost(kept: Mapping[str, Tensor]) -> float:
+            return float(expected_cost({name: mask.double() for name, mask in kept.items()}, operations)) / dense
+
         def after(closed: int) -> dict[str, Tensor]:
             kept = {name: torch.ones_like(mean, dtype=torch.bool) for name, mean in means.items()}
             for name, index in order[:closed]:
                 kept[name][index] = False
             return kept
 
-        def cost(closed: int) -> float:
-            gates = {name: mask.double() for name, mask in after(closed).items()}
-            return float(expected_cost(gates, operations)) / dense
-
         enough = budget * (1 + 1e-9)  # shares such as 1 - 0.3 are rounded
-        closed = bisect_left(range(len(order) + 1), True, key=lambda count: cost(count) <= enough)
+        closed = bisect_left(range(len(order) + 1), True, key=lambda count: cost(after(count)) <= enough)
         if closed > len(order):
             raise ValueError(
-                f"budget={budget} cannot be met: with all gates closed that may be, {cost(len(order)):.4f} of the cost "
-                "is left. Ask for less sparsity, or gate more layers."
+                f"budget={budget} cannot be met: with all gates closed that may be, {cost(after(len(order))):.4f} of "
+                "the cost is left. Ask for less sparsity, or gate more layers."
             )
         kept = after(closed)
+        full: set[str] = set()  # another gate of the same vector costs as much
+        for name, index in reversed(order[:closed]):
+            if name not in full:
+                kept[name][index] = True
+                if cost(kept) > enough:
+                    kept[name][index] = False
+                    full.add(name)
         overruled = sum(
             int(((kept[name] & (mean <= low)) | (~kept[name] & (mean >= high))).sum()) for name, mean in means.items()
         )
-        return Decision(kept, cost(closed), overruled)
+        return Decision(kept, cost(kept), overruled)
 
     def _closing_order(self) -> list[tuple[str, int]]:
         """The gates that may be closed, by name and index; the first is closed first."""

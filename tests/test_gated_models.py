@@ -9,7 +9,7 @@ from sparsetrain import Selection, export
 from sparsetrain.callbacks.gated import close_, closed_units, gated_layers, operations
 from sparsetrain.gates import StaticGates
 from sparsetrain.models import CifarResNet
-from sparsetrain.polarization import expected_cost
+from sparsetrain.polarization import Consensus, expected_cost
 from sparsetrain.report import cost
 
 CLASSES = 5
@@ -71,3 +71,17 @@ def test_a_network_with_closed_gates_and_the_smaller_one_have_the_same_outputs_a
     left = sum(cost(small, example).values())
     assert left == pytest.approx(float(expected_cost({name: mask.double() for name, mask in opened.items()}, whole)))
     assert left < sum(cost(model, example).values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GATED)
+def test_channel_gates_meet_the_budget_within_a_point(name):
+    torch.manual_seed(0)
+    model, example = GATED[name][0]().eval(), torch.randn(1, 3, 32, 32)
+    layers = gated_layers(model, export.units(model, example), Selection())
+    for measure in ("flops", "params"):
+        whole = operations(model, layers, example, measure)
+        for budget in (0.7, 0.5):
+            consensus = Consensus()
+            consensus.observe({layer.name: torch.randn(8, len(layer.units)) for layer in layers})
+            assert consensus.fill_to_budget(whole, budget).cost == pytest.approx(budget - 0.005, abs=0.005)

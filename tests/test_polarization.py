@@ -182,7 +182,7 @@ def test_ranks_join_their_sums_so_that_unequal_shares_count_by_their_samples():
 
 
 def slow_fill(shares: Mapping[str, list[float]], budget: float) -> dict[str, list[bool]]:
-    """One gate after the other, the cost counted anew each time."""
+    """One gate after the other closed, then opened where it fits; the cost is counted anew each time."""
     kept = {name: [True] * len(values) for name, values in shares.items()}
     best = {name: max(range(len(values)), key=lambda i: (values[i], -i)) for name, values in shares.items()}
     order = sorted(
@@ -191,15 +191,25 @@ def slow_fill(shares: Mapping[str, list[float]], budget: float) -> dict[str, lis
         for index, value in enumerate(values)
         if len(values) == 1 or index != best[name]
     )
+
+    def cost() -> float:
+        return slow_cost({n: [float(k) for k in mask] for n, mask in kept.items()}) / 55.0
+
+    closed = []
     for _, _, index, name in order:
-        if slow_cost({n: [float(k) for k in mask] for n, mask in kept.items()}) / 55.0 <= budget:
+        if cost() <= budget:
             break
         kept[name][-index] = False
+        closed.append((name, -index))
+    for name, index in reversed(closed):
+        kept[name][index] = True
+        if cost() > budget:
+            kept[name][index] = False
     return kept
 
 
 @pytest.mark.parametrize("budget", [1.0, 0.8, 0.5, 0.25])
-def test_gates_are_closed_from_the_lowest_consensus_until_the_cost_meets_the_budget_and_no_further(budget):
+def test_gates_are_closed_from_the_lowest_consensus_until_the_cost_meets_the_budget_and_opened_where_they_fit(budget):
     shares = {"a": [0.95, 0.0, 0.5], "b": [1.0, 0.3, 0.0, 1.0, 0.95], "skip": [0.4]}
     decision = observed(shares).fill_to_budget(OPERATIONS, budget)
     expected = slow_fill(shares, budget)
@@ -222,6 +232,14 @@ def test_a_layer_keeps_one_gate_and_a_block_may_lose_its_only_one():
     assert decision.open["skip"].tolist() == [False]
     assert decision.cost == pytest.approx(0.3)
     assert decision.overruled == 1
+
+
+def test_what_was_closed_before_the_last_gate_opens_again_where_it_fits():
+    consensus = observed({"a": [0.0] * 3 + [1.0] * 7, "skip": [0.1]})
+    decision = consensus.fill_to_budget([Operation(10.0, ("a",)), Operation(10.0, ("skip",))], 0.6)
+    assert decision.open["a"].tolist() == [True] * 10
+    assert decision.open["skip"].tolist() == [False]
+    assert decision.cost == pytest.approx(0.5)  # 0.35 with the three closed
 
 
 def test_a_budget_is_met_though_one_less_the_sparsity_is_rounded():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from sparsetrain.models import CifarResNet
 from sparsetrain.report import cost
@@ -32,6 +33,16 @@ def test_half_of_the_flops_go_from_the_channels_named(experiment, name):
     assert all(width % 8 == 0 for width in widths) == name.endswith("8")
 
 
+def test_half_of_the_flops_go_with_whole_blocks(experiment):
+    speed = experiment("speed")
+    dense, example = CifarResNet(56).eval(), torch.randn(1, 3, 8, 8)
+    small = speed.smaller(dense, example, speed.REMOVALS["blocks"])
+    share = sum(cost(small, example).values()) / sum(cost(dense, example).values())
+    assert share == pytest.approx(0.5, abs=0.02)  # a block has 3.7 %
+    gone = sum(type(block) is nn.Identity for stage in (small.layer1, small.layer2, small.layer3) for block in stage)
+    assert gone == pytest.approx(13, abs=1)
+
+
 @pytest.mark.slow
 def test_the_quick_mode_of_speed_times_every_network_in_every_way(experiment):
     speed = experiment("speed")
@@ -40,7 +51,7 @@ def test_the_quick_mode_of_speed_times_every_network_in_every_way(experiment):
         assert set(batch["seconds"]) == {"dense", *speed.REMOVALS}
         for ways in batch["seconds"].values():
             assert {way: len(times) for way, times in ways.items()} == dict.fromkeys(speed.WAYS, 2)
-    assert speed.table(results).count("| ResNet-8, 8 px |") == 2 * 5
+    assert speed.table(results).count("| ResNet-8, 8 px |") == 2 * (1 + len(speed.REMOVALS))
 
 
 @pytest.mark.slow

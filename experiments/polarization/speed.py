@@ -50,24 +50,30 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Removal:
-    """Which channels may go, and in groups of how many.
+    """What may go.
 
     Args:
         title: what the table calls it.
-        inner: only those that `PolarizationGating` gates, and not those that residual blocks add up.
-        group: each layer keeps a multiple of it.
+        units: those of a network of which some go.
+        group: each layer keeps a multiple of so many channels; None: the units are whole blocks.
     """
 
     title: str
-    inner: bool
-    group: int
+    units: Callable[[nn.Module, Tensor], Sequence[export.Unit]]
+    group: int | None
+
+
+def inner(model: nn.Module, example: Tensor) -> list[export.Unit]:
+    """The channels that `PolarizationGating` gates, not those that residual blocks add up."""
+    return [unit for layer in gated_layers(model, export.units(model, example), Selection()) for unit in layer.units]
 
 
 REMOVALS = {
-    "inner_1": Removal("inner channels", inner=True, group=1),
-    "inner_8": Removal("inner channels, multiples of 8", inner=True, group=8),
-    "all_1": Removal("all channels", inner=False, group=1),
-    "all_8": Removal("all channels, multiples of 8", inner=False, group=8),
+    "inner_1": Removal("inner channels", inner, 1),
+    "inner_8": Removal("inner channels, multiples of 8", inner, 8),
+    "all_1": Removal("all channels", export.units, 1),
+    "all_8": Removal("all channels, multiples of 8", export.units, 8),
+    "blocks": Removal("blocks", export.blocks, None),
 }
 
 
@@ -101,35 +107,37 @@ QUICK = {"resnet8": Case("ResNet-8", lambda: CifarResNet(8), 8, {2: 2, 1: 2}, 2)
 def smaller(dense: nn.Module, example: Tensor, removal: Removal) -> nn.Module:
     """A copy of `dense` with about `LEFT` of its FLOPs.
 
-    Groups of channels are removed in random order over all layers, as many as come nearest; the first one of each layer
-    stays. What a layer keeps is then as uneven as after training.
+    Groups of channels, or blocks, are removed in random order over all layers, as many as come nearest; the first group
+    of each layer stays. What a layer keeps is then as uneven as after training.
     """
     model = copy.deepcopy(dense)
-    units = export.units(model, example)
-    if removal.inner:
-        units = tuple(unit for layer in gated_layers(model, units, Selection()) for unit in layer.units)
-    by_layer: dict[str, list[export.Unit]] = {}
-    for unit in units:
-        by_layer.setdefault(unit.name.rpartition("[")[0], []).append(unit)
-    order = [
-        layer[first : first + removal.group]
-        for layer in by_layer.values()
-        for first in range(removal.group, len(layer), removal.group)
-    ]
+    units = removal.units(model, example)
+    if removal.group is None:
+        order = [[unit] for unit in units]
+    else:
+        by_layer: dict[str, list[export.Unit]] = {}
+        for unit in units:
+            by_layer.setdefault(unit.name.rpartition("[")[0], []).append(unit)
+        order = [
+            layer[first : first + removal.group]
+            for layer in by_layer.values()
+            for first in range(removal.group, len(layer), removal.group)
+        ]
     random.Random(0).shuffle(order)
     flops = cost(model, example)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def left(count: int) -> float:
         removed: dict[str, dict[int, set[int]]] = {}
-        for unit in chain(*order[:count]):
-            for piece in unit.slices:
-                removed.setdefault(piece.tensor, {}).setdefault(piece.dim, set()).update(piece.index)
+        chosen = [*chain(*order[:count])]
+        for piece in chain(*(unit.slices for unit in chosen if not unit.is_block)):
+            removed.setdefault(piece.tensor, {}).setdefault(piece.dim, set()).update(piece.index)
         shares = {
             name.removesuffix(".weight"): math.prod(1 - len(gone) / shapes[name][dim] for dim, gone in dims.items())
             for name, dims in removed.items()
         }
-        return sum(whole * shares.get(layer, 1.0) for layer, whole in flops.items()) / sum(flops.values())
+        channels = sum(whole * shares.get(layer, 1.0) for layer, whole in flops.items())
+        return (channels - sum(unit.flops for unit in chosen if unit.is_block)) / sum(flops.values())
 
     enough = bisect_left(range(len(order)), True, key=lambda count: left(count) <= LEFT)
     nearest = min((enough - 1, enough), key=lambda count: abs(left(count) - LEFT))

@@ -64,10 +64,11 @@ class PolarizationGating(SparsityCallback):
     other.
 
     At `extract_at` the gates are looked at over all training data, in evaluation mode; those open for the fewest
-    examples are closed until the budget is met, and no further. The weights that read closed channels become 0 and are
-    masked from there on; of closed blocks, those of linear layers and convolutions and what closes the block do, such
-    as its last batch norm. Batch norm's statistics are computed anew, and the gates are gone: the rest of the run is
-    plain training of the static network. After the fit, `export.shrink` makes it small:
+    examples are closed until the budget is met, and of them those that still fit are opened again. The weights that
+    read closed channels become 0 and are masked from there on; of closed blocks, those of linear layers and
+    convolutions and what closes the block do, such as its last batch norm. Batch norm's statistics are computed anew,
+    and the gates are gone: the rest of the run is plain training of the static network. After the fit, `export.shrink`
+    makes it small:
 
         small = export.shrink(module, callback.units, example_input)
         export.save_shrunk(folder, small)

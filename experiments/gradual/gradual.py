@@ -3,7 +3,7 @@
 python experiments/run.py gradual/resnet20
 """
 
-from evidence import SMALL, SMALL_TITLE, Above, Study, cubic
+from evidence import SMALL_TITLE, Above, Study, cubic, small
 
 DENSE, SMALLER = "dense", "dense, 0.4 of the width"
 SHARES = ("80%", "90%", "95%")
@@ -35,10 +35,10 @@ def _one_shot(share: str) -> tuple[str, ...]:
 STUDIES = (
     Study(
         name="gradual/resnet20",
-        title=SMALL_TITLE,
+        title=f"{SMALL_TITLE}, 10 epochs",
         question="Gradual pruning or at once? Large and sparse, or small and dense?",
         published="gradual 90 % MobileNet 61.8, dense with as many weights 50.6 (Zhu & Gupta 2017)",
-        recipe=SMALL,
+        recipe=small(10),
         arms={
             DENSE: (),
             SMALLER: ("model.width=3",),

@@ -7,7 +7,7 @@ python experiments/run.py polarization/resnet20    # ResNet-20 of half the width
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evidence import SMALL, SMALL_TITLE, Above, Claim, Found, Study
+from evidence import SMALL_TITLE, Above, Claim, Found, Study, small
 
 from sparsetrain.cli.grid import origin
 from sparsetrain.report import markdown_table, t_interval
@@ -151,8 +151,8 @@ STUDIES = (
     ),
     study(
         "polarization/resnet20",
-        SMALL_TITLE,
-        SMALL,
+        f"{SMALL_TITLE}, 20 epochs",
+        small(20),
         reads="['*.conv2.weight']",
         sparsities={"30%": 0.3, "50%": 0.52},
         widths=(7, 6, 5),

@@ -3,7 +3,7 @@
 python experiments/run.py rewinding/resnet20
 """
 
-from evidence import SMALL, SMALL_TITLE, Above, Alike, Study
+from evidence import SMALL_TITLE, Above, Alike, Study, small
 
 DENSE, RATES, WEIGHTS, TUNED, START = "dense", "LR rewinding", "weight rewinding", "fine-tuning", "rewinding to init"
 ROUNDS = (
@@ -14,10 +14,10 @@ ROUNDS = (
 STUDIES = (
     Study(
         name="rewinding/resnet20",
-        title=f"{SMALL_TITLE} a round, 3 rounds to 10.7 % of the weights",
+        title=f"{SMALL_TITLE}, 20 epochs a round, 3 rounds to 10.7 % of the weights",
         question="Which way of retraining is best after pruning?",
         published="ResNet-20 at 10.74 %: LR 91.01, weights 91.00, fine-tuning 89.33, init 86.67 (Renda et al. 2020)",
-        recipe=(*(one for one in SMALL if not one.startswith("lr_policy")), "lr_policy.milestones=[10ep,15ep]"),
+        recipe=(*(one for one in small(20) if not one.startswith("lr_policy")), "lr_policy.milestones=[10ep,15ep]"),
         arms={
             DENSE: (),
             RATES: ROUNDS,

@@ -1,8 +1,10 @@
 """What a run leaves in its folder."""
 
 import json
+import math
 import platform
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +42,24 @@ class Artifacts(L.Callback):
         self, folder: Path, method: SparsityCallback | None, example_input: Tensor, facts: Mapping[str, Any]
     ) -> None:
         self.folder, self.method, self.example_input, self.facts = folder, method, example_input, dict(facts)
+        self._batches, self._seconds, self._begun = 0, 0.0, math.nan
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin to count the batches of an epoch."""
+        self._batches, self._seconds, self._begun = 0, 0.0, math.nan
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Count the batch before, with all that was done from its start to this one's."""
+        now = time.perf_counter()
+        if not math.isnan(self._begun):
+            self._batches, self._seconds = self._batches + 1, self._seconds + now - self._begun
+        self._begun = now
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave out the batch that validation follows."""
+        self._begun = math.nan
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -64,6 +84,7 @@ class Artifacts(L.Callback):
             "val": of_stage(trainer.callback_metrics, "val"),
             **report.to_dict(),
             "training_flops": _training_flops(trainer, report.dense_flops),
+            "examples_per_s": self._examples_per_s(trainer),
             "device": _device(trainer),
             "versions": _versions(),
             "git": git_state(),
@@ -79,6 +100,13 @@ class Artifacts(L.Callback):
                 budget=1 - self.method.sparsity,
             )
         write_json(self.folder / SUMMARY, summary)
+
+    def _examples_per_s(self, trainer: L.Trainer) -> float | None:
+        """What was trained on in a second of the last epoch, on all ranks; None if that is not known."""
+        size = _batch_size(trainer)
+        if size is None or self._batches == 0:
+            return None
+        return round(self._batches * size * trainer.world_size / self._seconds, 1)
 
 
 def add_to_summary(folder: Path, **entries: Any) -> None:
@@ -158,16 +186,21 @@ def _training_flops(trainer: L.Trainer, flops: int | None) -> int | None:
 
     Zeros are counted as other weights: nothing skips them by itself.
     """
-    size: int | None = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    size = _batch_size(trainer)
     if flops is None or size is None:
         return None
     return 3 * flops * trainer.fit_loop.epoch_loop.batch_progress.total.completed * size * trainer.world_size
 
 
+def _batch_size(trainer: L.Trainer) -> int | None:
+    """Of one rank; None without a data module that knows it."""
+    return getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+
+
 def _device(trainer: L.Trainer) -> dict[str, Any]:
     """The kind of device and its name, how many processes, and CPU threads of each."""
     device = trainer.strategy.root_device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
         "type": device.type,
         "name": name,

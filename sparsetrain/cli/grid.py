@@ -147,7 +147,8 @@ def origin(results: Mapping[str, Any]) -> str:
     commits = sorted({one["git"]["commit"][:10] if one["git"] else "none" for one in runs})
     dates = sorted({one["date"] for one in runs})
     software = sorted({", ".join(f"{name} {version}" for name, version in one["versions"].items()) for one in runs})
-    return f"CPU, 1 thread a run; {'; '.join(software)}; {', '.join(dates)}, commit {', '.join(commits)}."
+    devices = sorted({f"{one['device']['name']}, {one['device']['threads']} thread a run" for one in runs})
+    return f"{'; '.join((*devices, *software))}; {', '.join(dates)}, commit {', '.join(commits)}."
 
 
 def write_between(readme: Path, name: str, body: str) -> None:

@@ -1,13 +1,17 @@
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+import lightning as L
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from sparsetrain.cli.artifacts import add_to_summary, git_state, write_model
+from sparsetrain.cli import artifacts
+from sparsetrain.cli.artifacts import Artifacts, add_to_summary, git_state, write_model
 
 
 class Tied(nn.Module):
@@ -53,6 +57,55 @@ def test_a_summary_is_added_to_and_replaced_as_a_whole(tmp_path: Path) -> None:
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary == {"seed": 1, "val": {"accuracy": 0.5}, "test": {"accuracy": 0.25}}
     assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+
+
+class Clocked(L.LightningModule):
+    """A step takes 7 seconds in the first epoch and 2 later, and 100 in validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.now = nn.Linear(1, 1), 0.0
+
+    def forward(self, batch: Tensor) -> Tensor:
+        return self.network(batch)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.now += 2 if self.current_epoch else 7
+        return self(batch).sum()
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.now += 100
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Batches(L.LightningDataModule):
+    batch_size = 6
+
+    def train_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(torch.zeros(5 * 6, 1), batch_size=6)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Tensor]:
+        return DataLoader(torch.zeros(1, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("every", [2, 5])
+def test_examples_are_counted_over_the_last_epoch_without_validation(tmp_path, monkeypatch, every):
+    module = Clocked()
+    monkeypatch.setattr(artifacts, "time", SimpleNamespace(perf_counter=lambda: module.now))
+    trainer = L.Trainer(
+        max_epochs=3,
+        val_check_interval=every,
+        callbacks=[Artifacts(tmp_path, None, torch.zeros(1, 1), {})],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=Batches())
+    assert json.loads((tmp_path / "summary.json").read_text())["examples_per_s"] == 6 / 2
 
 
 def test_git_state_says_the_commit_and_whether_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,8 +251,9 @@ def test_compile_runs_the_given_backend_and_keeps_the_parameter_names(tmp_path, 
 
 
 @pytest.mark.slow
-def test_compile_true_trains_with_torchs_default_backend(tmp_path):
-    model = Classifier(linear(), optimizer=SGD, num_classes=10, compile=True)
+@pytest.mark.parametrize("compiler", [True, "reduce-overhead"])
+def test_compile_trains_with_torchs_default_backend_in_a_mode(tmp_path, compiler):
+    model = Classifier(linear(), optimizer=SGD, num_classes=10, compile=compiler)
     trainer(tmp_path, max_epochs=1).fit(model, batches(2))
     plain = Classifier(linear(), optimizer=SGD, num_classes=10)
     trainer(tmp_path, max_epochs=1).fit(plain, batches(2))

@@ -170,7 +170,7 @@ class Study:
         claims: what it says, most important first.
         stages: arms whose runs are made, seed by seed, before those of the next stage; all arms at once by default.
         seeds: of each arm.
-        facts: summary of a run -> what is kept of it beside what `Grid` keeps.
+        facts: summary of a run, and its folder -> what is kept of it beside what `Grid` keeps.
     """
 
     name: str
@@ -184,7 +184,7 @@ class Study:
     headline: str = ""
     stages: Sequence[Sequence[str]] = ()
     seeds: Sequence[int] = SEEDS
-    facts: Callable[[Mapping[str, Any]], Mapping[str, Any]] = field(default=lambda summary: {})
+    facts: Callable[[Mapping[str, Any], Path], Mapping[str, Any]] = field(default=lambda summary, folder: {})
 
     @property
     def folder(self) -> Path:

@@ -5,6 +5,7 @@ python experiments/run.py collapse/resnet20
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from evidence import SMALL_TITLE, Above, Claim, Found, Line, Study, cubic, small
@@ -53,7 +54,7 @@ class CollapseStudy(Study):
         return "\n\n".join((markdown_table(header, lines), self.claims_table(results), origin(results)))
 
 
-def facts(summary: Mapping[str, Any]) -> dict[str, Any]:
+def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What is kept of a run beside its test accuracy: how many layers are empty, and what the emptiest keeps."""
     kept = [layer["kept"] for layer in summary["layers"]]
     return {"empty": sum(count == 0 for count in kept), "least": min(kept, default=0)}

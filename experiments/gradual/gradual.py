@@ -3,7 +3,12 @@
 python experiments/run.py gradual/resnet20
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 from evidence import SMALL_TITLE, Above, Study, cubic, small
+
+from sparsetrain.report import draw_accuracy
 
 DENSE, SMALLER = "dense", "dense, 0.4 of the width"
 SHARES = ("80%", "90%", "95%")
@@ -17,6 +22,22 @@ def gradual(share: str) -> str:
 def at_once(share: str) -> str:
     """Name of an arm."""
     return f"at once, {share}"
+
+
+class GradualStudy(Study):
+    """Its picture shows gradual pruning and pruning at once over their sparsities."""
+
+    def report(self, results: Mapping[str, Any]) -> None:
+        super().report(results)
+        accuracies = {arm: [run["test_accuracy"] for run in runs] for arm, runs in self.networks(results).items()}
+
+        def curve(name: Callable[[str], str]) -> list[tuple[float, list[float]]]:
+            return [(_sparsity(share), accuracies[name(share)]) for share in SHARES if name(share) in accuracies]
+
+        curves = {"gradual": curve(gradual), "at once": curve(at_once)}
+        drawn = {name: points for name, points in curves.items() if points}
+        if drawn:
+            draw_accuracy(self.folder / f"{self.key}.png", drawn, dense=accuracies[DENSE])
 
 
 def _sparsity(share: str) -> float:
@@ -33,7 +54,7 @@ def _one_shot(share: str) -> tuple[str, ...]:
 
 
 STUDIES = (
-    Study(
+    GradualStudy(
         name="gradual/resnet20",
         title=f"{SMALL_TITLE}, 10 epochs",
         question="Gradual pruning or at once? Large and sparse, or small and dense?",

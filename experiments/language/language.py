@@ -4,6 +4,7 @@ python experiments/run.py language/shakespeare
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from evidence import Above, Study
@@ -34,7 +35,7 @@ class LanguageStudy(Study):
         return "\n\n".join((markdown_table(header, lines), self.claims_table(results), origin(results)))
 
 
-def facts(summary: Mapping[str, Any]) -> dict[str, Any]:
+def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What is kept of a run beside its test accuracy: the test loss."""
     return {"test_loss": summary["test"]["loss"]}
 

@@ -4,6 +4,7 @@ python experiments/run.py polarization/defaults    # LeNet-300-100 on digits, ha
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from evidence import Study
@@ -30,7 +31,7 @@ ARMS = {
 }
 
 
-def facts(summary: Mapping[str, Any]) -> dict[str, Any]:
+def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What is kept of a run beside its test accuracy: what the gates agreed on."""
     return {name: summary["extraction"][name] for name in ("cost", "gates", "undecided", "overruled")}
 

@@ -5,6 +5,7 @@ python experiments/run.py polarization/resnet20    # ResNet-20 of half the width
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from evidence import SMALL_TITLE, Above, Claim, Found, Study, small
@@ -44,7 +45,7 @@ class GatesStudy(Study):
         return "\n\n".join(tables)
 
 
-def facts(summary: Mapping[str, Any]) -> dict[str, Any]:
+def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What is kept of a run beside its test accuracy: FLOPs of one example and of the training, and the gates."""
     left = summary.get("shrunk", {"flops": summary["dense_flops"]})
     return {"flops": left["flops"], "training_flops": summary["training_flops"], **_of_gates(summary)}

@@ -34,7 +34,7 @@ class SoupStudy(Study):
         draw(results, self.folder / f"{self.key}.png")
 
 
-def facts(summary: Mapping[str, Any]) -> dict[str, Any]:
+def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What is kept of a run beside its test accuracy: the networks of each round, with batch norm recalibrated."""
     if "rounds" not in summary:
         return {}

@@ -121,8 +121,8 @@ HALF = (
 )
 CASES = {
     "cpu": {
-        "resnet20": Case("ResNet-20, 32 px, batch 128", RESNET20, 128, steps=12, epochs=2, blocks=5),
-        "half": Case("ResNet-20 of half the width, 8 px, batch 512", HALF, 512, steps=40, epochs=2, blocks=5),
+        "resnet20": Case("ResNet-20, 32 px, batch 128", RESNET20, 128, steps=12, epochs=2, blocks=3),
+        "half": Case("ResNet-20 of half the width, 8 px, batch 512", HALF, 512, steps=40, epochs=2, blocks=3),
     },
     "gpu": {"resnet20": Case("ResNet-20, 32 px, batch 128", RESNET20, 128, steps=351, epochs=4, blocks=3)},
 }
@@ -170,7 +170,11 @@ def _measure(case: Case, way: Way, device: str, barrier: Barrier, queue: "Simple
     with tempfile.TemporaryDirectory() as folder:
         length = (
             *(f"dataset.batch_size={case.batch}", f"dataset.train_size={case.batch * case.steps}"),
-            *(f"trainer.max_epochs={case.epochs}", f"trainer.check_val_every_n_epoch={case.epochs}"),
+            *(
+                f"trainer.max_epochs={case.epochs}",
+                f"trainer.check_val_every_n_epoch={case.epochs + 1}",
+                "optimized_metric=null",
+            ),
         )
         quiet = ("trainer.enable_progress_bar=false", f"+callbacks.clock={{_target_: {__name__}.Clock}}")
         cfg = compose(*case.overrides, *way.overrides, *length, *quiet, f"trainer={device}", output_dir=folder)

@@ -35,7 +35,7 @@ class Grid:
         arms: name -> its own overrides.
         runs: a folder with one for each run.
         results: a JSON file with a record of each run that has ended; a later call adds to it.
-        facts: summary of a run -> what its record holds beside its arm, seed, test accuracy and date.
+        facts: summary of a run, and its folder -> what its record holds beside its arm, seed, test accuracy and date.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Grid:
     arms: Mapping[str, Sequence[str]]
     runs: Path
     results: Path
-    facts: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda summary: {}
+    facts: Callable[[Mapping[str, Any], Path], Mapping[str, Any]] = lambda summary, folder: {}
 
     def measure(
         self,
@@ -113,7 +113,7 @@ class Grid:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
         record = {"arm": arm, "seed": seed, "test_accuracy": summary["test"]["accuracy"]}
         of_run = {key: summary[key] for key in _FACTS}
-        results["runs"].append({**record, "date": date.today().isoformat(), **self.facts(summary), **of_run})
+        results["runs"].append({**record, "date": date.today().isoformat(), **self.facts(summary, folder), **of_run})
         write_json(self.results, results)
         return True
 
@@ -147,8 +147,13 @@ def origin(results: Mapping[str, Any]) -> str:
     commits = sorted({one["git"]["commit"][:10] if one["git"] else "none" for one in runs})
     dates = sorted({one["date"] for one in runs})
     software = sorted({", ".join(f"{name} {version}" for name, version in one["versions"].items()) for one in runs})
-    devices = sorted({f"{one['device']['name']}, {one['device']['threads']} thread a run" for one in runs})
+    devices = sorted({_device(one["device"]) for one in runs})
     return f"{'; '.join((*devices, *software))}; {', '.join(dates)}, commit {', '.join(commits)}."
+
+
+def _device(device: Mapping[str, Any]) -> str:
+    name, threads = device["name"], device["threads"]
+    return f"{name}, {threads} thread{'s' * (threads > 1)} a run" if device["type"] == "cpu" else str(name)
 
 
 def write_between(readme: Path, name: str, body: str) -> None:

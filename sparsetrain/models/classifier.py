@@ -109,16 +109,27 @@ class Classifier(L.LightningModule):
         loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         self.train_metrics.update(logits.detach(), labels)
         self.log("train/loss", loss, prog_bar=True, on_step=True, on_epoch=False, batch_size=len(labels))
-        self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(labels))
         return loss
+
+    def on_train_epoch_end(self) -> None:
+        """Log the accuracies."""
+        self._log_accuracies(self.train_metrics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Log val/loss and the accuracies."""
         self._evaluate(batch, "val", self.val_metrics)
 
+    def on_validation_epoch_end(self) -> None:
+        """Log the accuracies."""
+        self._log_accuracies(self.val_metrics)
+
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Log test/loss and the accuracies."""
         self._evaluate(batch, "test", self.test_metrics)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the accuracies."""
+        self._log_accuracies(self.test_metrics)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer over the trainable parameters, and its learning-rate policy."""
@@ -142,7 +153,11 @@ class Classifier(L.LightningModule):
         metrics.update(logits, labels)
         loss = F.cross_entropy(logits, labels)
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
-        self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True, batch_size=len(labels))
+
+    def _log_accuracies(self, metrics: MetricCollection) -> None:
+        # Once an epoch: at each step Lightning's log_dict takes a millisecond, which is much for a small network.
+        self.log_dict(metrics.compute(), prog_bar=metrics is not self.train_metrics, sync_dist=True)
+        metrics.reset()
 
     def _parameter_groups(self) -> list[nn.Parameter] | list[dict[str, Any]]:
         trainable = [parameter for parameter in self.network.parameters() if parameter.requires_grad]

@@ -23,11 +23,13 @@ class LanguageModel(Classifier):
         return logits.flatten(0, 1), targets.flatten()
 
     def on_validation_epoch_end(self) -> None:
-        """Log val/perplexity."""
+        """Log the accuracies and val/perplexity."""
+        super().on_validation_epoch_end()
         self._log_perplexity("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log test/perplexity."""
+        """Log the accuracies and test/perplexity."""
+        super().on_test_epoch_end()
         self._log_perplexity("test")
 
     def _log_perplexity(self, stage: str) -> None:

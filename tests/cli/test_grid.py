@@ -157,8 +157,10 @@ def test_arms_are_compared_over_the_seeds_that_both_have():
 
 
 def test_the_origin_names_each_commit_and_version_once():
+    cpu, gpu = {"type": "cpu", "name": "x", "threads": 1}, {"type": "cuda", "name": "y", "threads": 1}
     runs = [record("a", 1, 0.5, "f" * 40), record("a", 2, 0.5, "f" * 40), record("a", 3, 0.5)]
-    assert origin({"runs": runs}) == "CPU, 1 thread a run; a 1; 2026-01-01, commit ffffffffff, none."
+    runs = [run | {"device": device} for run, device in zip(runs, (cpu, cpu, gpu), strict=True)]
+    assert origin({"runs": runs}) == "x, 1 thread a run; y; a 1; 2026-01-01, commit ffffffffff, none."
 
 
 def test_only_what_stands_between_the_markers_of_a_name_is_replaced(tmp_path):

@@ -38,7 +38,9 @@ def waits_in_the_last_epoch_of_seed_2(classifier: Classifier) -> None:
 def calls(tmp_path_factory: pytest.TempPathFactory) -> tuple[Grid, list[dict[str, Any]]]:
     """A grid, and the results after each of four calls: in the first a run fails, in the second one has no end."""
     place, found = tmp_path_factory.mktemp("grid"), []
-    grid = Grid("tiny", DENSE, ARMS, Path("runs"), place / "results.json", facts=lambda one: {"steps": one["steps"]})
+    grid = Grid(
+        "tiny", DENSE, ARMS, Path("runs"), place / "results.json", facts=lambda one, folder: {"steps": one["steps"]}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(module, "_CONTEXT", multiprocessing.get_context("fork"))

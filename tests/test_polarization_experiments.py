@@ -20,7 +20,7 @@ def experiment(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["inner_1", "all_1", "all_8"])
+@pytest.mark.parametrize("name", ["inner_1", "inner_8", "all_1"])
 def test_half_of_the_flops_go_from_the_channels_named(experiment, name):
     speed = experiment("speed")
     dense, example = CifarResNet(14).eval(), torch.randn(1, 3, 8, 8)
@@ -29,7 +29,7 @@ def test_half_of_the_flops_go_from_the_channels_named(experiment, name):
     assert share == pytest.approx(0.5, abs=0.005 if name.endswith("1") else 0.03)
     streams = [small.conv1.out_channels, small.layer2[0].conv2.out_channels, small.fc.in_features]
     widths = streams + [block.conv1.out_channels for stage in (small.layer1, small.layer2) for block in stage]
-    assert (streams == [16, 32, 64]) == (name == "inner_1")
+    assert (streams == [16, 32, 64]) == name.startswith("inner")
     assert all(width % 8 == 0 for width in widths) == name.endswith("8")
 
 
@@ -44,8 +44,9 @@ def test_half_of_the_flops_go_with_whole_blocks(experiment):
 
 
 @pytest.mark.slow
-def test_the_quick_mode_of_speed_times_every_network_in_every_way(experiment):
+def test_the_quick_mode_of_speed_times_every_network_in_every_way(experiment, monkeypatch):
     speed = experiment("speed")
+    monkeypatch.setattr(torch, "compile", lambda network, **_: network)  # it takes ten seconds a network
     results = speed.measure(speed.QUICK)
     for batch in results["cases"]["resnet8"]["batches"]:
         assert set(batch["seconds"]) == {"dense", *speed.REMOVALS}

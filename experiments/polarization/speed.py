@@ -45,6 +45,7 @@ WAYS = {
     "contiguous": "contiguous",
     "channels_last": "channels last",
     "folded": "channels last, batch norm folded",
+    "compiled": "channels last, compiled",
 }
 
 
@@ -72,7 +73,6 @@ REMOVALS = {
     "inner_1": Removal("inner channels", inner, 1),
     "inner_8": Removal("inner channels, multiples of 8", inner, 8),
     "all_1": Removal("all channels", export.units, 1),
-    "all_8": Removal("all channels, multiples of 8", export.units, 8),
     "blocks": Removal("blocks", export.blocks, None),
 }
 
@@ -152,6 +152,9 @@ def ways(network: nn.Module) -> dict[str, nn.Module]:
         "contiguous": copy.deepcopy(network),
         "channels_last": copy.deepcopy(network).to(memory_format=torch.channels_last),
         "folded": fuse(network).to(memory_format=torch.channels_last),
+        "compiled": torch.compile(
+            copy.deepcopy(network).to(memory_format=torch.channels_last), dynamic=False, options={"freezing": True}
+        ),
     }
 
 
@@ -164,6 +167,7 @@ def measure_case(case: Case) -> dict[str, Any]:
     variants = {(name, way): running for name, network in networks.items() for way, running in ways(network).items()}
     batches = []
     for size, repetitions in case.repetitions.items():
+        torch.compiler.reset()  # it runs a module uncompiled when it has compiled the class for too many others
         seconds = in_turn(variants, torch.randn(size, 3, case.side, case.side), repetitions)
         by_network = {name: {way: seconds[name, way] for way in WAYS} for name in networks}
         batches.append({"size": size, "bar": BAR if size == case.barred else None, "seconds": by_network})

@@ -97,9 +97,9 @@ class Case:
 
 
 CASES = {
-    "resnet50": Case("timm resnet50", lambda: timm_model("resnet50", num_classes=1000), 224, {32: 9, 1: 51}, 32),
-    "resnet56": Case("ResNet-56", lambda: CifarResNet(56), 32, {128: 21, 1: 101}),
-    "resnet20": Case("ResNet-20", lambda: CifarResNet(20), 32, {128: 31, 1: 101}),
+    "resnet50": Case("timm resnet50", lambda: timm_model("resnet50", num_classes=1000), 224, {32: 5, 1: 21}, 32),
+    "resnet56": Case("ResNet-56", lambda: CifarResNet(56), 32, {128: 9, 1: 51}),
+    "resnet20": Case("ResNet-20", lambda: CifarResNet(20), 32, {128: 9, 1: 51}),
 }
 QUICK = {"resnet8": Case("ResNet-8", lambda: CifarResNet(8), 8, {2: 2, 1: 2}, 2)}
 

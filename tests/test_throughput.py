@@ -24,13 +24,13 @@ def test_the_quick_mode_measures_every_way(throughput):
     assert throughput.table(results).count("| ResNet-20 |") == len(throughput.WAYS["cpu"])
 
 
-def test_the_clock_runs_from_the_second_epoch_to_the_last_end(throughput, monkeypatch):
+def test_the_clock_begins_after_the_first_steps(throughput, monkeypatch):
     now = iter([10.0, 25.0])
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(now)))
-    monkeypatch.setattr(throughput.Clock, "barrier", SimpleNamespace(wait=lambda timeout: None), raising=False)
-    clock = throughput.Clock()
-    for epoch in range(4):
-        trainer = SimpleNamespace(current_epoch=epoch, max_epochs=4)
-        clock.on_train_epoch_start(trainer, None)
-        clock.on_train_epoch_end(trainer, None)
-    assert throughput.Clock.seconds == 15.0
+    clock = throughput.Clock
+    monkeypatch.setattr(clock, "barrier", SimpleNamespace(wait=lambda timeout: None), raising=False)
+    monkeypatch.setattr(clock, "warm", 2, raising=False)
+    for step in range(4):
+        clock().on_train_batch_start(SimpleNamespace(global_step=step), None, None, step)
+    clock().on_train_end(None, None)
+    assert clock.seconds == 15.0

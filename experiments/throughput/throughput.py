@@ -39,7 +39,6 @@ RESULTS, README = HERE / "results", HERE / "README.md"
 CONTEXT = multiprocessing.get_context("spawn")
 
 BAR = 0.95  # of the loop's images
-WARM = 3  # steps of the loop that do not count
 MASKS = (
     *("method=gmp", "schedule=cubic", "method.schedule.final=0.9"),
     *("method.schedule.begin=0it", "method.schedule.end=0.9run", "method.schedule.every=10it"),
@@ -98,8 +97,9 @@ class Case:
         title: what the table calls it.
         overrides: of its runs; the images are made up, of the shape of the real ones, and augmented like them.
         batch: images of a step.
-        steps: of an epoch; the first one of a run does not count.
-        epochs: of a run, at least 2.
+        steps: of an epoch.
+        epochs: of a run.
+        warm: first steps of a run, and of the loop, that do not count.
         blocks: how often each way is measured.
     """
 
@@ -108,6 +108,7 @@ class Case:
     batch: int
     steps: int
     epochs: int
+    warm: int
     blocks: int
 
 
@@ -121,30 +122,32 @@ HALF = (
 )
 CASES = {
     "cpu": {
-        "resnet20": Case("ResNet-20, 32 px, batch 128", RESNET20, 128, steps=12, epochs=2, blocks=3),
-        "half": Case("ResNet-20 of half the width, 8 px, batch 512", HALF, 512, steps=40, epochs=2, blocks=3),
+        "resnet20": Case("ResNet-20, 32 px, batch 128", RESNET20, 128, steps=60, epochs=1, warm=4, blocks=3),
+        "half": Case("ResNet-20 of half the width, 8 px, batch 512", HALF, 512, steps=100, epochs=1, warm=4, blocks=3),
     },
-    "gpu": {"resnet20": Case("ResNet-20, 32 px, batch 128", RESNET20, 128, steps=351, epochs=4, blocks=3)},
+    "gpu": {"resnet20": Case("ResNet-20, 32 px, batch 128", RESNET20, 128, steps=351, epochs=4, warm=351, blocks=3)},
 }
-QUICK = {"quick": Case("ResNet-20", HALF, 4, steps=10, epochs=2, blocks=1)}
+QUICK = {"quick": Case("ResNet-20", HALF, 4, steps=20, epochs=1, warm=2, blocks=1)}
 
 
 class Clock(L.Callback):
-    """Seconds from the second epoch of a run to its end, which begins when all runs beside it have come as far."""
+    """Seconds of a run after its first steps, from when all runs beside it have come as far."""
 
     barrier: ClassVar[Barrier]
+    warm: ClassVar[int]
     seconds: ClassVar[float]
 
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch == 1:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        if trainer.global_step == Clock.warm:
             _wait_for_device()
             Clock.barrier.wait(timeout=600)
             Clock.seconds = -time.perf_counter()
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch == trainer.max_epochs - 1:  # type: ignore[operator]  # the runs have a length
-            _wait_for_device()
-            Clock.seconds += time.perf_counter()
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        _wait_for_device()
+        Clock.seconds += time.perf_counter()
 
 
 def block(case: Case, way: Way, device: str) -> float:
@@ -178,27 +181,27 @@ def _measure(case: Case, way: Way, device: str, barrier: Barrier, queue: "Simple
         )
         quiet = ("trainer.enable_progress_bar=false", f"+callbacks.clock={{_target_: {__name__}.Clock}}")
         cfg = compose(*case.overrides, *way.overrides, *length, *quiet, f"trainer={device}", output_dir=folder)
-        steps = case.steps * (case.epochs - 1)
+        images = case.batch * (case.steps * case.epochs - case.warm)
         if way.is_loop:
-            queue.put((case.batch * steps, _loop(cfg, steps)))
+            queue.put((images, _loop(cfg, case)))
             return
-        Clock.barrier = barrier
+        Clock.barrier, Clock.warm = barrier, case.warm
         train(cfg)
-        queue.put((case.batch * steps, Clock.seconds))
+        queue.put((images, Clock.seconds))
 
 
-def _loop(cfg: Any, steps: int) -> float:
-    """Seconds of so many steps on one batch, with the network and the optimizer of the run."""
+def _loop(cfg: Any, case: Case) -> float:
+    """Seconds of as many steps on one batch, with the network and the optimizer of the run."""
     module, datamodule, _ = make_parts(cfg)
     device = torch.device("cuda" if cfg.trainer.accelerator == "gpu" else "cpu")
     module.to(device)
     optimizer = instantiate(cfg.optim)(module.parameters())
-    images = torch.randn(cfg.dataset.batch_size, *datamodule.input_shape, device=device)
-    labels = torch.randint(datamodule.num_classes, (cfg.dataset.batch_size,), device=device)
+    images = torch.randn(case.batch, *datamodule.input_shape, device=device)
+    labels = torch.randint(datamodule.num_classes, (case.batch,), device=device)
     torch.backends.cudnn.benchmark = cfg.trainer.benchmark
     start = 0.0
-    for step in range(-WARM, steps):
-        if step == 0:
+    for step in range(case.steps * case.epochs):
+        if step == case.warm:
             _wait_for_device()
             start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):

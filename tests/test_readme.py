@@ -108,6 +108,7 @@ def test_every_experiment_named_in_the_readme_exists() -> None:
         ("polarization/gates_cost", "table", ["polarization/results/gates_cost.json"], "polarization/README.md"),
         ("soup/averaging", "table", ["soup/results/averaging.json"], "soup/README.md"),
         ("sweep", "table", ["sweep/results/sweep.json"], "sweep/README.md"),
+        ("peers/equal_masks", "tables", ["peers/results/equal_masks.json"], "peers/README.md"),
         ("throughput", "table", ["throughput/results/cpu.json"], "throughput/README.md"),
         ("peers", "tables", ["peers/results/peers.json", "overhead/results/overhead.json"], "peers/README.md"),
     ],

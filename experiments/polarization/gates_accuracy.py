@@ -11,7 +11,7 @@ from typing import Any
 from evidence import SMALL_TITLE, Above, Claim, Found, Study, small
 
 from sparsetrain.cli.grid import origin
-from sparsetrain.report import markdown_table, t_interval
+from sparsetrain.report import draw_accuracy, markdown_table, t_interval
 
 DENSE, GATES, CHANNELS, WIDTH, NARROW = "dense", "gates", "magnitude channels", "dense of width", "narrower dense"
 SHARES = ("30%", "50%")
@@ -43,6 +43,26 @@ class GatesStudy(Study):
         header = ("network", "FLOPs left", "test accuracy", "seeds", "less dense, points", "95 % interval")
         tables = (markdown_table(header, lines), self.claims_table(results), gates_words(found), origin(results))
         return "\n\n".join(tables)
+
+    def report(self, results: Mapping[str, Any]) -> None:
+        super().report(results)
+        found = super().networks(results)
+        dense = found[DENSE][0]["flops"]
+        curves: dict[str, list[tuple[float, list[float]]]] = {}
+        for arm, runs in found.items():
+            kind = next((kind for kind in (GATES, CHANNELS, WIDTH) if arm.startswith(kind)), None)
+            if kind is not None:
+                left = sum(run["flops"] for run in runs) / len(runs) / dense
+                curves.setdefault(kind, []).append((1 - left, [run["test_accuracy"] for run in runs]))
+        if WIDTH in curves:
+            curves[NARROW] = curves.pop(WIDTH)
+        if curves:
+            draw_accuracy(
+                self.folder / f"{self.key}.png",
+                curves,
+                dense=[run["test_accuracy"] for run in found[DENSE]],
+                xlabels=("FLOPs left", "FLOPs removed"),
+            )
 
 
 def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:

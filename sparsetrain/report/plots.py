@@ -104,6 +104,7 @@ def draw_accuracy(
     dense: Sequence[float],
     controls: Mapping[str, Points] | None = None,
     ylabel: str = "test accuracy",
+    xlabels: tuple[str, str] = ("density: weights kept", "sparsity"),
 ) -> None:
     """Draw accuracy against the share of kept weights: on a log scale, 100 % at the left, ever sparser to the right.
 
@@ -118,6 +119,7 @@ def draw_accuracy(
         dense: accuracies over seeds of the dense network to compare with, a horizontal line; () leaves it out.
         controls: further curves, dotted and with hollow markers: random masks, fresh weights.
         ylabel: what the accuracies are.
+        xlabels: what is left, below, and what is gone, above: of FLOPs, say, where these are in the place of weights.
 
     Raises:
         ValueError: no curve, a curve or point without values, an accuracy that is not finite or outside [0, 1], a
@@ -174,13 +176,13 @@ def draw_accuracy(
     margin = (100 / sparsest) ** 0.04
     ticks = _density_ticks(sparsest / margin)
     limits = (100 * margin, sparsest / margin)
-    axes.set(xscale="log", xlim=limits, xlabel="density: weights kept (log scale)", ylabel=ylabel)
+    axes.set(xscale="log", xlim=limits, xlabel=f"{xlabels[0]} (log scale)", ylabel=ylabel)
     axes.set_xticks(ticks, [f"{tick:g}%" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     above = axes.secondary_xaxis("top")
     above.set_xticks(ticks, [f"{100 - tick:.10g}%" for tick in ticks])
     above.xaxis.set_minor_locator(NullLocator())
-    above.set_xlabel("sparsity")
+    above.set_xlabel(xlabels[1])
     axes.set_ylim(_accuracy_limits(groups))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3, linewidth=0.6)

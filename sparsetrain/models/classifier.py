@@ -44,8 +44,8 @@ class Classifier(L.LightningModule):
         label_smoothing: share of the training target that is spread evenly over the classes, in [0, 1).
         channels_last: keep images and 4-D weights in the channels-last memory format.
         compile: compile the network: True for torch's default backend; one of its modes, such as "reduce-overhead",
-            which replays CUDA graphs and makes small networks quick on a GPU; or the name of another backend, such as
-            "aot_eager". Parameter names stay as they are.
+            which replays CUDA graphs; or the name of another backend, such as "aot_eager". Parameter names stay as they
+            are.
         top_k: the k of the top-k accuracies beside top-1, which is always logged; k >= num_classes is left out.
         no_decay: exclude biases and norms, which is every parameter with at most one dimension, from weight decay.
 

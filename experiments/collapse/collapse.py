@@ -48,10 +48,8 @@ class CollapseStudy(Study):
         for arm, runs in found.items():
             every = t_interval([run["test_accuracy"] for run in runs])
             spread = [f"{min(run[of] for run in runs)} to {max(run[of] for run in runs)}" for of in ("empty", "least")]
-            if arm == self.control:  # nothing is pruned there
-                spread = ["", ""]
-            accuracy = f"{every.mean:.2%} +- {every.std:.2%}"
-            lines.append((arm, f"{runs[0]['sparsity']:.1%}", accuracy, len(runs), *spread))
+            accuracy, of_layers = f"{every.mean:.2%} +- {every.std:.2%}", ("", "") if arm == self.control else spread
+            lines.append((arm, f"{runs[0]['sparsity']:.1%}", accuracy, len(runs), *of_layers))
         header = ("network", "sparsity", "test accuracy", "seeds", "empty layers", "weights of the emptiest")
         return "\n\n".join((markdown_table(header, lines), self.claims_table(results), origin(results)))
 

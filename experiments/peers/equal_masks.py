@@ -64,13 +64,15 @@ def all_together(module: nn.Module, sparsity: float) -> Masks:
 
 def by_sparsifier(module: nn.Module, **settings: Any) -> Masks:
     """Prune each layer by torch.ao.pruning."""
+    prepared(module, **settings).step()
+    return {f"{name}.weight": layer.parametrizations.weight[0].mask.bool() for name, layer in layers(module).items()}
+
+
+def prepared(module: nn.Module, **settings: Any) -> WeightNormSparsifier:
+    """A sparsifier of torch.ao.pruning that holds all layers."""
     sparsifier = WeightNormSparsifier(**settings)
     sparsifier.prepare(module, [{"tensor_fqn": f"{name}.weight"} for name in layers(module)])
-    sparsifier.step()
-    return {
-        f"{name}.weight": layer.parametrizations["weight"][0].mask.bool()  # type: ignore[index]
-        for name, layer in layers(module).items()
-    }
+    return sparsifier
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,7 @@ def what_is_left() -> dict[str, dict[str, Any]]:
             by_hooks(module, lambda layer, amount=amount: torch_prune.l1_unstructured(layer, "weight", amount))
 
     def twice_by_sparsifier(module: nn.Module) -> None:
-        sparsifier = WeightNormSparsifier(sparsity_level=0.5, sparse_block_shape=(1, 1))
-        sparsifier.prepare(module, [{"tensor_fqn": f"{name}.weight"} for name in layers(module)])
+        sparsifier = prepared(module, sparsity_level=0.5, sparse_block_shape=(1, 1))
         sparsifier.step()
         for group in sparsifier.groups:
             group["sparsity_level"] = 0.8

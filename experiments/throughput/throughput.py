@@ -69,17 +69,14 @@ class Way:
 
 LOOP = Way("loop of plain PyTorch", is_loop=True)
 RUN = Way("run", against="loop", bar=BAR)
+BOTH = {"loop": LOOP, "run": RUN, "masks": replace(RUN, title="run with gradual pruning", overrides=MASKS)}
 WAYS = {
     "cpu": {
-        "loop": LOOP,
-        "run": RUN,
-        "masks": replace(RUN, title="run with gradual pruning", overrides=MASKS),
+        **BOTH,
         "beside": Way("2 runs side by side", processes=2, against="run"),
     },
     "gpu": {
-        "loop": LOOP,
-        "run": RUN,
-        "masks": replace(RUN, title="run with gradual pruning", overrides=MASKS),
+        **BOTH,
         "loop_graphs": replace(LOOP, title="loop, CUDA graphs", overrides=GRAPHS),
         "graphs": Way("run, CUDA graphs", GRAPHS, against="loop_graphs"),
         "masks_graphs": Way("run with gradual pruning, CUDA graphs", (*GRAPHS, *MASKS), against="loop_graphs"),
@@ -173,13 +170,13 @@ def _measure(case: Case, way: Way, device: str, barrier: Barrier, queue: "Simple
     with tempfile.TemporaryDirectory() as folder:
         length = (
             *(f"dataset.batch_size={case.batch}", f"dataset.train_size={case.batch * case.steps}"),
-            *(
-                f"trainer.max_epochs={case.epochs}",
-                f"trainer.check_val_every_n_epoch={case.epochs + 1}",
-                "optimized_metric=null",
-            ),
+            *(f"trainer.max_epochs={case.epochs}", f"trainer.check_val_every_n_epoch={case.epochs + 1}"),
         )
-        quiet = ("trainer.enable_progress_bar=false", f"+callbacks.clock={{_target_: {__name__}.Clock}}")
+        quiet = (
+            "optimized_metric=null",
+            "trainer.enable_progress_bar=false",
+            f"+callbacks.clock={{_target_: {__name__}.Clock}}",
+        )
         cfg = compose(*case.overrides, *way.overrides, *length, *quiet, f"trainer={device}", output_dir=folder)
         images = case.batch * (case.steps * case.epochs - case.warm)
         if way.is_loop:

@@ -155,7 +155,7 @@ class Classifier(L.LightningModule):
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
 
     def _log_accuracies(self, metrics: MetricCollection) -> None:
-        # Once an epoch: at each step Lightning's log_dict takes a millisecond, which is much for a small network.
+        # Once an epoch: Lightning's log_dict costs the same at each step, however small the network.
         self.log_dict(metrics.compute(), prog_bar=metrics is not self.train_metrics, sync_dist=True)
         metrics.reset()
 

@@ -84,10 +84,10 @@ class Batches(L.LightningDataModule):
     batch_size = 6
 
     def train_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(torch.zeros(5 * 6, 1), batch_size=6)  # type: ignore[arg-type]
+        return DataLoader(torch.zeros(5 * 6, 1), batch_size=6)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(torch.zeros(1, 1))  # type: ignore[arg-type]
+        return DataLoader(torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize("every", [2, 5])

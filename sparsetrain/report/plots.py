@@ -103,6 +103,7 @@ def draw_accuracy(
     *,
     dense: Sequence[float],
     controls: Mapping[str, Points] | None = None,
+    published: Mapping[str, Sequence[tuple[float, float]]] | None = None,
     ylabel: str = "test accuracy",
     xlabels: tuple[str, str] = ("density: weights kept", "sparsity"),
 ) -> None:
@@ -118,23 +119,29 @@ def draw_accuracy(
             controls included, have colours of their own.
         dense: accuracies over seeds of the dense network to compare with, a horizontal line; () leaves it out.
         controls: further curves, dotted and with hollow markers: random masks, fresh weights.
+        published: label of a curve -> (sparsity in [0, 1), accuracy in [0, 1]) points of others: crosses in its colour.
         ylabel: what the accuracies are.
         xlabels: what is left, below, and what is gone, above: of FLOPs, say, where these are in the place of weights.
 
     Raises:
         ValueError: no curve, a curve or point without values, an accuracy that is not finite or outside [0, 1], a
-            sparsity outside [0, 1).
+            sparsity outside [0, 1), published points of a curve that is not drawn.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator, PercentFormatter
 
-    controls = controls or {}
+    controls, published = controls or {}, published or {}
     if not curves:
         raise ValueError("There is no curve to draw. Give at least one label with its points.")
     everything = [*curves.items(), *controls.items()]
     for name, points in everything:
         _check_points(name, points)
     _check_accuracies("the dense control", dense)
+    of_others = {name: [(sparsity, [accuracy]) for sparsity, accuracy in each] for name, each in published.items()}
+    for name, points in of_others.items():
+        if name not in curves:
+            raise ValueError(f"{name!r} has published points and no curve. Draw its curve, or leave them out.")
+        _check_points(name, points)
     groups = [accuracies for _, points in everything for _, accuracies in points] + ([dense] if dense else [])
     alike = len(set(map(len, groups))) == 1
 
@@ -171,8 +178,15 @@ def draw_accuracy(
         if not alone:
             low, high = ([m + sign * half for m, half in zip(means, halves, strict=True)] for sign in (-1, 1))
             axes.fill_between(density, low, high, color=color, alpha=0.13, linewidth=0)
+        if name in of_others:
+            crosses = [(100 * (1 - sparsity), accuracy) for sparsity, (accuracy,) in of_others[name]]
+            axes.plot(*zip(*crosses, strict=True), "x", color=color, markersize=7)
 
-    sparsest = min(90.0, *(100 * (1 - sparsity) for _, points in everything for sparsity, _ in points))
+    if of_others:
+        axes.plot([], [], "x", color=_TARGET, markersize=7, label="published")
+
+    drawn = [points for _, points in (*everything, *of_others.items())]
+    sparsest = min(90.0, *(100 * (1 - sparsity) for points in drawn for sparsity, _ in points))
     margin = (100 / sparsest) ** 0.04
     ticks = _density_ticks(sparsest / margin)
     limits = (100 * margin, sparsest / margin)
@@ -183,7 +197,7 @@ def draw_accuracy(
     above.set_xticks(ticks, [f"{100 - tick:.10g}%" for tick in ticks])
     above.xaxis.set_minor_locator(NullLocator())
     above.set_xlabel(xlabels[1])
-    axes.set_ylim(_accuracy_limits(groups))
+    axes.set_ylim(_accuracy_limits([*groups, *(accuracies for each in of_others.values() for _, accuracies in each)]))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(alpha=0.3, linewidth=0.6)
     axes.spines["right"].set_visible(False)

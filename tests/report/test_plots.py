@@ -134,6 +134,20 @@ def test_controls_are_dotted_and_a_single_point_is_a_marker_with_its_interval(dr
     assert bar.tolist() == [pytest.approx([50, interval.low]), pytest.approx([50, interval.high])]
 
 
+def test_published_points_are_crosses_in_the_colour_of_their_curve_and_inside_the_limits(drawn):
+    curves = {"IMP": points(3, 3), "GMP": points(3, 3)}
+    axes, legend = drawn(curves, dense=(), published={"GMP": [(0.5, 0.99), (0.98, 0.7)]})
+    _, line, crosses, _ = axes.get_lines()
+    assert crosses.get_color() == line.get_color()
+    assert list(crosses.get_xdata()) == pytest.approx([50, 2])
+    assert list(crosses.get_ydata()) == [0.99, 0.7]
+    assert axes.get_xlim()[1] < 2 < axes.get_xlim()[0]
+    assert axes.get_ylim()[0] < 0.7 < 0.99 < axes.get_ylim()[1]
+    assert sorted(text.get_text() for text in legend.get_texts()) == ["GMP", "IMP", "published"]
+    with pytest.raises(ValueError, match="'RigL' has published points and no curve"):
+        drawn(curves, dense=(), published={"RigL": [(0.5, 0.9)]})
+
+
 def test_every_accuracy_is_inside_the_limits_though_intervals_of_two_seeds_are_not():
     low, high = _accuracy_limits([[0.90, 0.94], [0.95]])
     assert 0.86 < low < 0.90

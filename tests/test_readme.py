@@ -151,6 +151,12 @@ def test_each_arm_of_each_study_composes_and_is_made_once(run, tmp_path) -> None
         assert len(set(configs.values())) == len(configs) == len(study.arms)  # no two arms are the same
 
 
+def test_each_study_has_a_place_in_its_readme(run) -> None:
+    for study in run.STUDIES.values():
+        lines = (study.folder / "README.md").read_text().splitlines()
+        assert lines.count(f"<!-- {study.key}:begin -->") == lines.count(f"<!-- {study.key}:end -->") == 1, study.name
+
+
 def test_ci_runs_the_command_of_the_readme() -> None:
     assert "make test" in README
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test")

@@ -1,16 +1,17 @@
 """Gradual pruning beside pruning at once, and large sparse networks beside a small dense one.
 
-python experiments/run.py gradual/resnet20
+python experiments/run.py gradual/resnet20            # small, on a CPU
+python experiments/run.py gradual/full --device gpu
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from evidence import SMALL_TITLE, Above, Study, cubic, small
+from evidence import SMALL_TITLE, Above, Study, cubic, full, small
 
 from sparsetrain.report import draw_accuracy
 
-DENSE, SMALLER = "dense", "dense, 0.4 of the width"
+DENSE = "dense"
 SHARES = ("80%", "90%", "95%")
 
 
@@ -53,16 +54,26 @@ def _one_shot(share: str) -> tuple[str, ...]:
     )
 
 
-STUDIES = (
-    GradualStudy(
-        name="gradual/resnet20",
-        title=f"{SMALL_TITLE}, 10 epochs",
+def study(name: str, title: str, recipe: tuple[str, ...], width: int, of_dense: int) -> GradualStudy:
+    """One of `STUDIES`.
+
+    Args:
+        name: as in `Study`,
+        title: this,
+        recipe: and this.
+        width: of the small dense network, with at least as many weights as the dense one has at 90 %,
+        of_dense: and that of the dense one.
+    """
+    smaller = f"dense, {width} of {of_dense} channels"
+    return GradualStudy(
+        name=name,
+        title=title,
         question="Gradual pruning or at once? Large and sparse, or small and dense?",
         published="gradual 90 % MobileNet 61.8, dense with as many weights 50.6 (Zhu & Gupta 2017)",
-        recipe=small(10),
+        recipe=recipe,
         arms={
             DENSE: (),
-            SMALLER: ("model.width=3",),
+            smaller: (f"model.width={width}",),
             **{gradual(share): cubic(_sparsity(share)) for share in SHARES},
             **{at_once(share): _one_shot(share) for share in SHARES},
             "gradual, 90%, uniform": (*cubic(0.9), "allocation=uniform"),
@@ -70,14 +81,19 @@ STUDIES = (
         },
         control=DENSE,
         claims=(
-            Above(gradual("90%"), SMALLER),
+            Above(gradual("90%"), smaller),
             *(Above(gradual(share), at_once(share)) for share in reversed(SHARES)),
             Above(gradual("90%"), "gradual, 90%, uniform"),
         ),
         stages=(
-            (DENSE, SMALLER, gradual("90%"), at_once("90%")),
+            (DENSE, smaller, gradual("90%"), at_once("90%")),
             (gradual("95%"), at_once("95%"), gradual("80%"), at_once("80%")),
             ("gradual, 90%, uniform", "gradual, 90%, ERK"),
         ),
-    ),
+    )
+
+
+STUDIES = (
+    study("gradual/resnet20", f"{SMALL_TITLE}, 10 epochs", small(10), width=3, of_dense=8),
+    study("gradual/full", "ResNet-20, CIFAR-10, 182 epochs", full(182), width=6, of_dense=16),
 )

@@ -1,13 +1,14 @@
 """A small GPT on tiny Shakespeare: gradual pruning and 2:4 training beside the dense network, at equal steps.
 
 python experiments/run.py language/shakespeare
+python experiments/run.py language/full --device gpu
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evidence import Above, Study
+from evidence import Above, Study, cubic
 
 from sparsetrain.cli.grid import origin
 from sparsetrain.report import markdown_table, t_interval
@@ -40,26 +41,33 @@ def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     return {"test_loss": summary["test"]["loss"]}
 
 
-STUDIES = (
-    LanguageStudy(
-        name="language/shakespeare",
-        title="GPT of 4 layers and width 64, tiny Shakespeare, 2,940 steps",
+def study(name: str, title: str, recipe: tuple[str, ...]) -> LanguageStudy:
+    """One of `STUDIES`."""
+    return LanguageStudy(
+        name=name,
+        title=title,
         question="What does sparsity cost a small GPT?",
-        recipe=(
-            *("+experiment=gpt_small_dense", "model.layers=4", "model.width=64", "model.heads=4", "model.dropout=0.0"),
-            *("dataset.context=64", "optim.lr=3.0e-3", "trainer.max_epochs=12"),
-        ),
+        recipe=("+experiment=gpt_small_dense", *recipe),
         arms={
             DENSE: (),
-            GRADUAL: (
-                *("method=gmp", "schedule=cubic", "method.schedule.final=0.8", "method.schedule.every=20it"),
-                "method.pruning.where.include=['*blocks*']",
-            ),
+            GRADUAL: (*cubic(0.8), "method.pruning.where.include=['*blocks*']"),
             BDWP: ("method=bdwp",),
             STRAIGHT: ("method=straight_through",),
         },
         control=DENSE,
         claims=(Above(BDWP, DENSE, -1.0), Above(STRAIGHT, DENSE, -1.0), Above(GRADUAL, DENSE, -1.0)),
         facts=facts,
+    )
+
+
+STUDIES = (
+    study(
+        "language/shakespeare",
+        "GPT of 4 layers and width 64, tiny Shakespeare, 2,940 steps",
+        (
+            *("model.layers=4", "model.width=64", "model.heads=4", "model.dropout=0.0"),
+            *("dataset.context=64", "optim.lr=3.0e-3", "trainer.max_epochs=12"),
+        ),
     ),
+    study("language/full", "GPT-2 small, tiny Shakespeare, 4,960 steps", ()),
 )

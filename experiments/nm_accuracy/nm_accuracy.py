@@ -2,9 +2,10 @@
 
 python experiments/run.py nm_accuracy/digits      # LeNet-300-100 on scikit-learn's digits
 python experiments/run.py nm_accuracy/resnet20    # ResNet-20 on CIFAR-10 at 16x16
+python experiments/run.py nm_accuracy/full --device gpu
 """
 
-from evidence import Above, Study
+from evidence import Above, Study, full
 
 BDWP, STRAIGHT = "method=bdwp", "method=straight_through"
 DENSE, BARRED = "dense", "BDWP 2:4"
@@ -55,5 +56,30 @@ STUDIES = (
         headline="nm",
         claims=(Above(BARRED, DENSE, -1.5),),
         stages=((DENSE, BARRED), ("SR-STE 2:4", "STE 2:4", "BDWP 2:8")),
+    ),
+    Study(
+        name="nm_accuracy/full",
+        title="ResNet-20, CIFAR-10, 182 epochs",
+        question=QUESTION,
+        published=PUBLISHED,
+        headline="nm",
+        recipe=full(182),
+        arms={
+            DENSE: (),
+            BARRED: (BDWP,),
+            "BDWP 2:8": (BDWP, "method.m=8"),
+            "BDWP 1:4": (BDWP, "method.n=1"),
+            "SR-STE 2:4": (STRAIGHT,),
+            "SR-STE 2:8": (STRAIGHT, "method.m=8"),
+            "SR-STE 1:4": (STRAIGHT, "method.n=1"),
+            "STE 2:4": (STRAIGHT, "method.decay=0.0"),
+            "transposable 2:4": (STRAIGHT, "method.transposable=true", "method.decay=0.0"),
+        },
+        control=DENSE,
+        claims=(Above(BARRED, DENSE, -1.0), Above("SR-STE 2:4", DENSE, -0.5)),
+        stages=(
+            (DENSE, BARRED),
+            ("BDWP 2:8", "BDWP 1:4", "SR-STE 2:4", "SR-STE 2:8", "SR-STE 1:4", "STE 2:4", "transposable 2:4"),
+        ),
     ),
 )

@@ -2,13 +2,14 @@
 
 python experiments/run.py polarization/digits      # LeNet-300-100 on scikit-learn's digits
 python experiments/run.py polarization/resnet20    # ResNet-20 of half the width on CIFAR-10 at 8x8
+python experiments/run.py polarization/full --device gpu
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evidence import SMALL_TITLE, Above, Claim, Found, Study, small
+from evidence import SMALL_TITLE, Above, Claim, Found, Study, full, small
 
 from sparsetrain.cli.grid import origin
 from sparsetrain.report import draw_accuracy, markdown_table, t_interval
@@ -177,5 +178,13 @@ STUDIES = (
         reads="['*.conv2.weight']",
         sparsities={"30%": 0.3, "50%": 0.52},
         widths=(7, 6, 5),
+    ),
+    study(
+        "polarization/full",
+        "ResNet-20, CIFAR-10, 182 epochs",
+        full(182),
+        reads="['*.conv2.weight']",
+        sparsities={"30%": 0.3, "50%": 0.52},
+        widths=(14, 12, 11),
     ),
 )

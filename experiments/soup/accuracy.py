@@ -2,13 +2,14 @@
 
 python experiments/run.py soup/digits      # LeNet-300-100 on scikit-learn's digits
 python experiments/run.py soup/resnet20    # ResNet-20 of half the width on CIFAR-10 at 8x8
+python experiments/run.py soup/full --device gpu
 """
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evidence import Above, Found, Study
+from evidence import Above, Found, Study, of_rounds
 
 from sparsetrain.cli.grid import by_arm, in_points, write_between
 from sparsetrain.report import SoupRound, draw_soups, markdown_table, paired
@@ -38,7 +39,6 @@ def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What is kept of a run beside its test accuracy: the networks of each round, with batch norm recalibrated."""
     if "rounds" not in summary:
         return {}
-    of_rounds = [{"sparsity": r["sparsity"], "test_accuracy": r["test/accuracy"]} for r in summary["rounds"]]
     soups = [
         {
             "distance": soup["distance"],
@@ -49,7 +49,7 @@ def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         }
         for soup in summary["soups"]
     ]
-    return {"rounds": of_rounds, "soups": soups}
+    return {"rounds": of_rounds(summary), "soups": soups}
 
 
 def rounds_table(results: Mapping[str, Any]) -> str:
@@ -144,5 +144,8 @@ STUDIES = (
         ),
         ("trainer.max_epochs=30", "lr_policy.milestones=[15ep,23ep]"),
         length=5,
+    ),
+    study(
+        "soup/full", "ResNet-20, CIFAR-10", ("+experiment=resnet20_dense", "module.channels_last=true"), (), length=20
     ),
 )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evidence import Above, Found, Study
+from evidence import Above, Found, Study, of_rounds
 
 from sparsetrain.cli.grid import origin
 from sparsetrain.cli.metrics import FILE
@@ -70,8 +70,7 @@ def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """What is kept of a run beside its test accuracy: val accuracy after the last round's first epoch, all rounds."""
     with (folder / FILE).open(newline="") as file:
         of_epochs = [float(row["val/accuracy"]) for row in csv.DictReader(file) if row["val/accuracy"]]
-    rounds = [{"sparsity": one["sparsity"], "test_accuracy": one["test/accuracy"]} for one in summary.get("rounds", ())]
-    return {"first_epoch": of_epochs[-EPOCHS], "rounds": rounds}
+    return {"first_epoch": of_epochs[-EPOCHS], "rounds": of_rounds(summary)}
 
 
 def _control(name: str) -> tuple[str, ...]:

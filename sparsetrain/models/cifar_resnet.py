@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_SHORTCUTS = ("A", "B")
+_SHORTCUTS = ("A", "B", "none")
 
 
 class CifarResNet(nn.Module):
@@ -12,12 +12,12 @@ class CifarResNet(nn.Module):
     The stages have `width`, 2 `width` and 4 `width` channels. Two and three halve the image at their first block, which
     is where the shortcut has to change shape: "A" takes every second pixel and fills the new channels with zeros (no
     parameters); "B" is a 1x1 convolution with BatchNorm. ResNet-20 for 10 classes has 269,722 parameters with A and
-    272,474 with B.
+    272,474 with B. "none" leaves all shortcuts out, those within stages too: the paper's plain networks.
 
     Args:
         depth: layers with weights on the longest path, 6n + 2 with n at least 1.
         num_classes: number of logits, at least 2.
-        shortcut: "A" or "B", see above. The paper's CIFAR results use A; the lottery-ticket codes use B.
+        shortcut: "A", "B" or "none", see above. The paper's CIFAR results use A; the lottery-ticket codes use B.
         in_channels: channels of the images.
         width: channels of the first stage, at least 1; 16 in the paper.
 
@@ -38,7 +38,8 @@ class CifarResNet(nn.Module):
             raise ValueError(f"CifarResNet needs at least 2 classes; got num_classes={num_classes}.")
         if shortcut not in _SHORTCUTS:
             raise ValueError(
-                f"CifarResNet knows the shortcuts 'A' (no parameters) and 'B' (1x1 convolution); got {shortcut!r}."
+                "CifarResNet knows the shortcuts 'A' (no parameters), 'B' (1x1 convolution) and 'none'; got "
+                f"{shortcut!r}."
             )
         if width < 1:
             raise ValueError(f"CifarResNet needs a width of at least 1 channel; got {width}.")
@@ -89,8 +90,10 @@ class _Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(width)
-        self.shortcut: nn.Module
-        if stride == 1:
+        self.shortcut: nn.Module | None
+        if shortcut == "none":
+            self.shortcut = None
+        elif stride == 1:
             self.shortcut = nn.Identity()
         elif shortcut == "A":
             self.shortcut = _SubsampleAndPad(width - in_width, stride)
@@ -101,7 +104,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(hidden)) + self.shortcut(x))
+        hidden = self.bn2(self.conv2(hidden))
+        return F.relu(hidden if self.shortcut is None else hidden + self.shortcut(x))
 
 
 class _SubsampleAndPad(nn.Module):

@@ -46,6 +46,15 @@ def test_shortcut_a_passes_every_second_pixel_and_zeros_in_the_new_channels():
     assert not out[:, 16:].any()
 
 
+def test_plain_networks_have_no_path_around_a_convolution():
+    network = resnet20(shortcut="none").eval()
+    assert sum(p.numel() for p in network.parameters()) == parameters_by_formula(20, "none") == 269_722
+    images = torch.randn(2, 3, 8, 8)
+    assert not torch.equal(*network(images))
+    nn.init.zeros_(network.layer2[1].conv1.weight)
+    assert torch.equal(*network(images))
+
+
 def test_blocks_that_keep_their_shape_have_no_shortcut_parameters():
     shortcuts = {name.split(".shortcut")[0] for name, _ in resnet20().named_parameters() if ".shortcut" in name}
     assert shortcuts == {"layer2.0", "layer3.0"}

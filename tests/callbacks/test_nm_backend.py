@@ -12,8 +12,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from callbacks.nm_network import BDWP, STE, Batch, Master, Regression, is_n_of_m, kinds, train
 from callbacks.test_base import Metrics
-from callbacks.test_nm import BDWP, STE, Batch, Master, Regression, is_n_of_m, kinds, train
 from conformance.harness import STEPS, PlainModule, fit
 from conformance.test_exact_resume import Setting, resume_everywhere
 from lightning.pytorch.callbacks import EMAWeightAveraging

@@ -13,8 +13,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from callbacks.test_base import Metrics
-from callbacks.test_nm import (
+from callbacks.nm_network import (
     BDWP,
     LR,
     STE,
@@ -36,6 +35,7 @@ from callbacks.test_nm import (
     transposable,
     validation_loss,
 )
+from callbacks.test_base import Metrics
 from conformance.harness import STEPS, PlainModule, TinyModule, assert_same, fit
 from conformance.test_dense_loadable import Snapshots, outputs
 from conformance.test_exact_resume import resume_everywhere

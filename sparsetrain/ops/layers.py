@@ -130,18 +130,18 @@ class _Effective(nn.Module):
 class EffectiveLinear(_Effective, nn.Linear):
     """A linear layer with effective weights; made by `convert`."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         dtype = autograd.compute_dtype(self.weight)
         if self.runs_sparse(dtype):
-            return self._sparse_product(x, self.bias, dtype)
-        return autograd.linear(x, self.weight, self.bias, *self.effective())
+            return self._sparse_product(input, self.bias, dtype)
+        return autograd.linear(input, self.weight, self.bias, *self.effective())
 
 
 class EffectiveConv2d(_Effective, nn.Conv2d):
     """A 2-D convolution with effective weights; made by `convert`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = autograd.compute_dtype(self.weight)
+    def forward(self, input: Tensor) -> Tensor:
+        x, dtype = input, autograd.compute_dtype(self.weight)
         if self.runs_sparse(dtype):  # a 1x1 kernel without padding: in channels_last the permutations copy nothing
             rows, columns = self.stride
             x = x[..., ::rows, ::columns].movedim(-3, -1)

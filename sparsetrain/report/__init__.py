@@ -11,12 +11,11 @@ from sparsetrain.report.sweep import (
     Setting,
     Sweep,
     collect,
-    is_accuracy,
     sweep_curves,
     sweep_table,
     write_sweep_csv,
 )
-from sparsetrain.report.tables import markdown_table, plan_table, report_table, write_sparsity_csv
+from sparsetrain.report.tables import is_accuracy, markdown_table, plan_table, report_table, write_sparsity_csv
 
 __all__ = [
     "Interval",

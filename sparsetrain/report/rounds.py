@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparsetrain.report.tables import markdown_table
+from sparsetrain.report.tables import markdown_table, metric_text
 
 _COLUMNS = (
     "round",
@@ -188,7 +188,7 @@ def rounds_table(rounds: Sequence[Round]) -> str:
             f"{row.kept:,}",
             "" if row.overlap is None else f"{row.overlap:.2%}",
             *cost[: len(flops)],
-            *(_metric(name, row.metrics[name]) if name in row.metrics else "" for name in metrics),
+            *(metric_text(name, row.metrics[name]) if name in row.metrics else "" for name in metrics),
         )
         lines.append(line)
     return markdown_table(header, lines)
@@ -217,11 +217,6 @@ def _metrics(rounds: Sequence[Round]) -> list[str]:
     if taken:
         raise ValueError(f"The metrics {taken} are named like columns of rounds.csv. Log them as 'val/{taken[0]}'.")
     return names
-
-
-def _metric(name: str, value: float) -> str:
-    share = name.rpartition("/")[2].startswith(("accuracy", "top"))
-    return f"{value:.2%}" if share else f"{value:.4g}"
 
 
 def _unit(largest: int) -> tuple[str, float]:

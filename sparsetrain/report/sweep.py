@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparsetrain.report.plots import Points
 from sparsetrain.report.statistics import paired
-from sparsetrain.report.tables import markdown_table
+from sparsetrain.report.tables import is_accuracy, markdown_table, metric_text
 
 _NO_SETTING = frozenset({"seed", "ckpt_path", "name", "output_dir"})  # they do not change what a seed leads to
 
@@ -197,15 +197,6 @@ def sweep_curves(sweep: Sweep, metric: str) -> tuple[dict[str, Points], list[flo
     return dict(curves), list(sweep.dense.values(metric).values()) if sweep.dense else []
 
 
-def is_accuracy(metric: str) -> bool:
-    """Whether the metric is a share of right answers, in [0, 1].
-
-    >>> is_accuracy("test/accuracy"), is_accuracy("val/top5"), is_accuracy("test/loss")
-    (True, True, False)
-    """
-    return metric.rpartition("/")[2].startswith(("accuracy", "top"))
-
-
 def _sparsity_overrides(settings: Sequence[Setting]) -> set[str]:
     """The overrides in which two settings differ, in numbers and in nothing else, that do not have one sparsity."""
     found: set[str] = set()
@@ -228,7 +219,7 @@ def _mean_and_std(metric: str, values: Sequence[float]) -> str:
     shown = [statistics.fmean(values)] if values else []
     if len(values) > 1:
         shown.append(statistics.stdev(values))
-    return " +- ".join(f"{value:.2%}" if is_accuracy(metric) else f"{value:.4g}" for value in shown)
+    return " +- ".join(metric_text(metric, value) for value in shown)
 
 
 def _difference(metric: str, setting: Setting, dense: Setting) -> tuple[str, str]:

@@ -10,6 +10,20 @@ from sparsetrain.report.measure import Report
 from sparsetrain.selection import PlanRow
 
 
+def is_accuracy(metric: str) -> bool:
+    """Whether the metric is a share of right answers, in [0, 1].
+
+    >>> is_accuracy("test/accuracy"), is_accuracy("val/top5"), is_accuracy("test/loss")
+    (True, True, False)
+    """
+    return metric.rpartition("/")[2].startswith(("accuracy", "top"))
+
+
+def metric_text(metric: str, value: float) -> str:
+    """A value as tables write it: an accuracy in per cent, anything else with four digits."""
+    return f"{value:.2%}" if is_accuracy(metric) else f"{value:.4g}"
+
+
 def plan_table(plan: Sequence[PlanRow]) -> str:
     """What will be pruned and why not the rest: one line per parameter, and the sum."""
     sizes = [math.prod(row.shape) for row in plan]

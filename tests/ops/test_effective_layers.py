@@ -62,6 +62,15 @@ def test_the_very_parameters_names_hooks_and_references_stay():
     assert calls == [1]
 
 
+def test_an_input_may_be_given_by_its_name():
+    module, x = net(), image()
+    convert(module, NMRule(2, 4))
+    hidden = module[1](module[0](x))
+    assert torch.equal(module[2](input=hidden), module[2](hidden))
+    flat = torch.randn(2, 32)
+    assert torch.equal(module[4](input=flat), module[4](flat))
+
+
 @pytest.mark.parametrize("undo", [unconvert, fold])
 def test_undoing_leaves_no_trace(undo):
     module = net()

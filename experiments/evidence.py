@@ -234,6 +234,11 @@ class Study:
         """What is compared: the runs of each arm."""
         return by_arm(results, [*self.arms])
 
+    def training_flops(self, run: Mapping[str, Any], found: Found) -> int:
+        """FLOPs of a run's training, and of that of the network that it began with."""
+        flops: int = run["training_flops"]
+        return flops
+
     def table(self, results: Mapping[str, Any]) -> str:
         """Accuracy of each arm over its seeds, and its difference from the control over those that both have."""
         found, lines = self.networks(results), []

@@ -19,6 +19,7 @@ from evidence import HERE, Study, all_claims, headline
 from gradual import gradual
 from language import language
 from nm_accuracy import nm_accuracy
+from pareto import draw, points, table
 from polarization import defaults, gates_accuracy
 from rewinding import rewinding
 from soup import accuracy
@@ -29,6 +30,8 @@ from sparsetrain.report import markdown_table
 
 MODULES = (rewinding, gradual, collapse, accuracy, nm_accuracy, gates_accuracy, defaults, tickets, language)
 STUDIES: dict[str, Study] = {study.name: study for module in MODULES for study in module.STUDIES}
+ON_ONE_TASK = ("gradual/resnet20", "polarization/resnet20", "rewinding/resnet20", "soup/resnet20")
+FLOPS_OF_EPOCH = 3 * 1_289_856 * 45_000  # of ResNet-20 of half the width on images of 8x8
 
 
 def overview() -> str:
@@ -54,6 +57,11 @@ def index() -> str:
     return all_claims(STUDIES.values())
 
 
+def costs() -> str:
+    """Cost and accuracy of what was trained on one task."""
+    return table(points((STUDIES[name] for name in ON_ONE_TASK), FLOPS_OF_EPOCH))
+
+
 def report() -> None:
     """Write all tables and pictures; a study is in them as soon as two seeds have its control."""
     for study in STUDIES.values():
@@ -63,6 +71,8 @@ def report() -> None:
     for marker, body in headlines().items():
         write_between(HERE.parent / "README.md", marker, body)
     write_between(HERE / "README.md", "claims", index())
+    write_between(HERE / "README.md", "costs", costs())
+    draw(HERE / "costs.png", points((STUDIES[name] for name in ON_ONE_TASK), FLOPS_OF_EPOCH))
 
 
 def main() -> None:

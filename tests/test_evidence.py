@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparsetrain.cli.grid import write_between
+from sparsetrain.models import resnet20
+from sparsetrain.report import cost
 
 MADE = {  # with what a run was made
     "date": "2026-01-01",
@@ -139,3 +142,44 @@ def test_a_table_needs_a_place(tmp_path):
         with pytest.raises(ValueError, match=f"no <!-- {name}:begin -->"):
             write_between(readme, name, "new")
     assert readme.read_text() == kept
+
+
+def test_an_arm_is_best_for_its_cost_if_none_as_dense_is_better_and_cheaper(evidence, tmp_path):
+    pareto = importlib.import_module("pareto")
+
+    def of(arm: str, sparsity: float, flops: int, *accuracies: float) -> list[dict[str, Any]]:
+        run = {"arm": arm, "sparsity": sparsity, "training_flops": flops} | MADE
+        return [run | {"seed": seed, "test_accuracy": one} for seed, one in enumerate(accuracies)]
+
+    runs = [
+        *of("dense", 0.0, 200, 0.80, 0.82),
+        *of("half", 0.5, 200, 0.80, 0.82),
+        *of("cheap", 0.9, 200, 0.70, 0.72),
+        *of("dear", 0.893, 400, 0.60, 0.62),
+        *of("long", 0.9, 400, 0.74, 0.76),
+    ]
+
+    class Recorded(evidence.Study):
+        @property
+        def results(self) -> dict[str, Any]:
+            return {"runs": runs}
+
+    arms = dict.fromkeys(run["arm"] for run in runs)
+    study = Recorded("a/b", title="", question="", recipe=(), arms=arms, control="dense", claims=())
+    found = pareto.points([study], 100)
+    assert [(one.arm, one.epochs) for one in found] == [("cheap", 2), ("dense", 2), ("dear", 4), ("long", 4)]
+    assert [one.arm for one in found if pareto.beaten(one, found)] == ["dear"]
+    pareto.draw(tmp_path / "x.png", found)
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_soup_counts_the_network_that_it_began_with(evidence):
+    soup = importlib.import_module("soup.accuracy").STUDIES[0]
+    found = {"dense": [{"seed": 2, "arm": "dense", "training_flops": 30}]}
+    assert soup.training_flops({"seed": 2, "arm": "soup of 3", "training_flops": 45}, found) == 75
+    assert soup.training_flops(found["dense"][0], found) == 30
+
+
+def test_flops_of_an_epoch_are_those_of_the_small_network(evidence):
+    flops = sum(cost(resnet20(width=8), torch.zeros(1, 3, 8, 8)).values())
+    assert 3 * 45_000 * flops == importlib.import_module("run").FLOPS_OF_EPOCH

@@ -137,7 +137,8 @@ def test_the_tables_of_studies_are_those_of_their_results(run) -> None:
             assert study.table(study.results) in (study.folder / "README.md").read_text()
     for marker, body in run.headlines().items():
         assert f"<!-- {marker}:begin -->\n{body}\n" in README
-    assert f"<!-- claims:begin -->\n{run.index()}\n" in (EXPERIMENTS / "README.md").read_text()
+    for marker, body in (("claims", run.index()), ("costs", run.costs())):
+        assert f"<!-- {marker}:begin -->\n{body}\n" in (EXPERIMENTS / "README.md").read_text()
 
 
 def test_each_arm_of_each_study_composes_and_is_made_once(run, tmp_path) -> None:

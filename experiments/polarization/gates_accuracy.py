@@ -67,9 +67,9 @@ class GatesStudy(Study):
 
 
 def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What is kept of a run beside its test accuracy: FLOPs of one example and of the training, and the gates."""
+    """What is kept of a run beside its test accuracy: FLOPs of one example, and the gates."""
     left = summary.get("shrunk", {"flops": summary["dense_flops"]})
-    return {"flops": left["flops"], "training_flops": summary["training_flops"], **_of_gates(summary)}
+    return {"flops": left["flops"], **_of_gates(summary)}
 
 
 def _of_gates(summary: Mapping[str, Any]) -> dict[str, Any]:

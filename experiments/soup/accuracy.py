@@ -29,6 +29,12 @@ class SoupStudy(Study):
         best = [ingredients_of(run, lambda each: max(each, key=lambda one: one[1])[0]) for run in found[SOUP]]
         return {**found, MEAN: mean, BEST: best}
 
+    def training_flops(self, run: Mapping[str, Any], found: Found) -> int:
+        own = super().training_flops(run, found)
+        if run["arm"] == DENSE:
+            return own
+        return own + next(one["training_flops"] for one in found[DENSE] if one["seed"] == run["seed"])
+
     def report(self, results: Mapping[str, Any]) -> None:
         super().report(results)
         write_between(self.folder / "README.md", f"{self.key}-rounds", rounds_table(results))

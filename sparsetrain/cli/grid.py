@@ -21,7 +21,7 @@ from sparsetrain.cli.train import compose, train
 from sparsetrain.report import Interval, paired
 
 _CONTEXT = multiprocessing.get_context("spawn")  # a fork after CUDA or OpenMP have begun may hang
-_FACTS = ("sparsity", "device", "versions", "git")
+_FACTS = ("sparsity", "training_flops", "device", "versions", "git")
 _PATIENCE = 120.0  # seconds that a run which is told to end has for its checkpoint
 
 

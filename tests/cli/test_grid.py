@@ -109,7 +109,7 @@ def test_a_record_has_the_facts_of_the_run_and_those_asked_for(calls):
         folder = FOLDERS[WANTED.index((one["arm"], one["seed"]))]
         summary = json.loads((grid.runs / folder / "summary.json").read_text())
         own = ["arm", "seed", "test_accuracy", "date", "steps"]
-        assert list(one) == [*own, "sparsity", "device", "versions", "git"]
+        assert list(one) == [*own, "sparsity", "training_flops", "device", "versions", "git"]
         assert one["test_accuracy"] == summary["test"]["accuracy"]
         assert one["steps"] == (4 if one["arm"] == FROM else 12)
 

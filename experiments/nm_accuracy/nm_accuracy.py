@@ -1,14 +1,16 @@
 """What do N:M weights cost in accuracy while the network trains? Each arm beside the dense one, paired by seed.
 
 python experiments/run.py nm_accuracy/digits      # LeNet-300-100 on scikit-learn's digits
+python experiments/run.py nm_accuracy/small       # ResNet-20 of half the width on CIFAR-10 at 8x8
 python experiments/run.py nm_accuracy/resnet20    # ResNet-20 on CIFAR-10 at 16x16
 python experiments/run.py nm_accuracy/full --device gpu
 """
 
-from evidence import Above, Study, full
+from evidence import SMALL_TITLE, Above, Study, full, small
 
 BDWP, STRAIGHT = "method=bdwp", "method=straight_through"
-DENSE, BARRED = "dense", "BDWP 2:4"
+DENSE, BARRED, DECAYED = "dense", "BDWP 2:4", "BDWP 2:4, decay 0.001"
+DECAYS = (2e-3, 1e-2, 5e-2)
 QUESTION = "What do N:M weights cost in accuracy?"
 PUBLISHED = "BDWP at 2:8 loses 0.56 points on average (Fang et al. 2023)"
 
@@ -33,6 +35,29 @@ STUDIES = (
         claims=(Above(BARRED, DENSE, -1.0, of="mean"),),
     ),
     Study(
+        name="nm_accuracy/small",
+        title=f"{SMALL_TITLE}, 10 epochs",
+        question=QUESTION,
+        published=PUBLISHED,
+        recipe=small(10),
+        arms={
+            DENSE: (),
+            BARRED: (BDWP,),
+            **{f"BDWP 2:4, decay {decay:g}": (BDWP, f"method.decay={decay}") for decay in DECAYS},
+            "STE 2:4": (STRAIGHT, "method.decay=0.0"),
+            **{f"SR-STE 2:4, decay {decay:g}": (STRAIGHT, f"method.decay={decay}") for decay in DECAYS},
+            "transposable 2:4": (STRAIGHT, "method.transposable=true", "method.decay=0.0"),
+            "BDWP 2:8": (BDWP, "method.m=8"),
+            "BDWP 1:4": (BDWP, "method.n=1"),
+        },
+        control=DENSE,
+        claims=(*(Above(f"BDWP 2:4, decay {decay:g}", BARRED) for decay in DECAYS), Above("STE 2:4", BARRED)),
+        stages=(
+            (DENSE, BARRED, *(f"BDWP 2:4, decay {decay:g}" for decay in DECAYS), "STE 2:4"),
+            (*(f"SR-STE 2:4, decay {decay:g}" for decay in DECAYS), "transposable 2:4", "BDWP 2:8", "BDWP 1:4"),
+        ),
+    ),
+    Study(
         name="nm_accuracy/resnet20",
         title="ResNet-20, CIFAR-10 at 16x16, 30 epochs",
         question=QUESTION,
@@ -48,14 +73,15 @@ STUDIES = (
         arms={
             DENSE: (),
             BARRED: (BDWP,),
+            DECAYED: (BDWP, "method.decay=0.001"),
             "SR-STE 2:4": (STRAIGHT,),
             "STE 2:4": (STRAIGHT, "method.decay=0.0"),
             "BDWP 2:8": (BDWP, "method.m=8"),
         },
         control=DENSE,
         headline="nm",
-        claims=(Above(BARRED, DENSE, -1.5),),
-        stages=((DENSE, BARRED), ("SR-STE 2:4", "STE 2:4", "BDWP 2:8")),
+        claims=(Above(BARRED, DENSE, -1.5), Above(DECAYED, DENSE, -1.5)),
+        stages=((DENSE, DECAYED), (BARRED,), ("SR-STE 2:4", "STE 2:4", "BDWP 2:8")),
     ),
     Study(
         name="nm_accuracy/full",

@@ -55,10 +55,11 @@ def check_same(cfg: DictConfig, folder: Path) -> None:
     if different:
         name = min(different, key=lambda name: (name.count("."), name))  # `seed` rather than what refers to it
         more = f" (and {len(different) - 1} more)" if different[1:] else ""
-        raise ValueError(
-            f"{folder} holds a run with {name}={there.get(name)}, which cannot go on with "
-            f"{name}={here.get(name)}{more}. Give the run its own settings, or another folder."
-        )
+        earlier_one, this_one = (f"{name}={each[name]}" if name in each else f"no {name}" for each in (there, here))
+        remedy = "Give the run its own settings, or another folder."
+        if name not in there:
+            remedy += f" If it was made before this entry was, add it to {folder / CONFIG}, as it then was."
+        raise ValueError(f"{folder} holds a run with {earlier_one}, which cannot go on with {this_one}{more}. {remedy}")
 
 
 def write_config(cfg: DictConfig, folder: Path) -> None:

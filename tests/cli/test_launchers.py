@@ -196,6 +196,10 @@ def test_a_folder_that_holds_another_run_is_refused_and_named(tmp_path: Path) ->
     (tmp_path / "summary.json").unlink()  # it had not ended
     with pytest.raises(ValueError, match=r"method\.schedule\.final=0\.75, .*=0\.5"):
         train(compose(*RUN, "resume=true", "method.schedule.final=0.5", output_dir=tmp_path))
+    config = tmp_path / "config.yaml"
+    config.write_text("".join(line for line in config.read_text().splitlines(True) if "momentum" not in line))
+    with pytest.raises(ValueError, match=r"with no optim\.momentum, .* with optim\.momentum=.*config\.yaml"):
+        train(compose(*RUN, "resume=true", output_dir=tmp_path))
 
 
 @pytest.mark.parametrize(

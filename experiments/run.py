@@ -14,12 +14,12 @@ import math
 import signal
 import sys
 
+import pareto
 from collapse import collapse
 from evidence import HERE, Study, all_claims, headline
 from gradual import gradual
 from language import language
 from nm_accuracy import nm_accuracy
-from pareto import draw, points, table
 from polarization import defaults, gates_accuracy
 from rewinding import rewinding
 from soup import accuracy
@@ -57,9 +57,9 @@ def index() -> str:
     return all_claims(STUDIES.values())
 
 
-def costs() -> str:
+def costs() -> list[pareto.Point]:
     """Cost and accuracy of what was trained on one task."""
-    return table(points((STUDIES[name] for name in ON_ONE_TASK), FLOPS_OF_EPOCH))
+    return pareto.points((STUDIES[name] for name in ON_ONE_TASK), FLOPS_OF_EPOCH)
 
 
 def report() -> None:
@@ -71,8 +71,8 @@ def report() -> None:
     for marker, body in headlines().items():
         write_between(HERE.parent / "README.md", marker, body)
     write_between(HERE / "README.md", "claims", index())
-    write_between(HERE / "README.md", "costs", costs())
-    draw(HERE / "costs.png", points((STUDIES[name] for name in ON_ONE_TASK), FLOPS_OF_EPOCH))
+    write_between(HERE / "README.md", "costs", pareto.table(costs()))
+    pareto.draw(HERE / "costs.png", costs())
 
 
 def main() -> None:

@@ -137,7 +137,7 @@ def test_the_tables_of_studies_are_those_of_their_results(run) -> None:
             assert study.table(study.results) in (study.folder / "README.md").read_text()
     for marker, body in run.headlines().items():
         assert f"<!-- {marker}:begin -->\n{body}\n" in README
-    for marker, body in (("claims", run.index()), ("costs", run.costs())):
+    for marker, body in (("claims", run.index()), ("costs", run.pareto.table(run.costs()))):
         assert f"<!-- {marker}:begin -->\n{body}\n" in (EXPERIMENTS / "README.md").read_text()
 
 

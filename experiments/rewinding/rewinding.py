@@ -15,6 +15,7 @@ from sparsetrain.cli.grid import origin
 from sparsetrain.report import draw_accuracy, markdown_table, t_interval
 
 DENSE, RATES, WEIGHTS, TUNED, START = "dense", "LR rewinding", "weight rewinding", "fine-tuning", "rewinding to init"
+ROUNDS = (RATES, WEIGHTS, TUNED, START)
 PUBLISHED = HERE / "rewinding" / "published.csv"
 TRIALS = 3  # of each published median
 SPAN = 1.693  # standard deviations that 3 values of a normal distribution are apart on average, the highest and lowest
@@ -121,7 +122,6 @@ def arms(rounds: tuple[str, ...], rewind_to: int) -> dict[str, tuple[str, ...]]:
     }
 
 
-ROUNDS = (RATES, WEIGHTS, TUNED, START)
 SPARSEST = 0.1074  # of all weights
 ORDER = (
     Alike(at(RATES, SPARSEST), at(WEIGHTS, SPARSEST), 0.5),

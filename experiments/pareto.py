@@ -87,7 +87,7 @@ def draw(path: Path, found: Sequence[Point]) -> None:
     groups += [[point] for point in found if point.arm != DENSE]
     beside: Counter[int] = Counter()  # how many have been drawn at a place
     for group, marker in zip(groups, cycle("osD^vPXp*<>h"), strict=False):
-        shift = 1.012 ** max(beside[round(point.epochs)] for point in group)
+        shift = 1.025 ** max(beside[round(point.epochs)] for point in group)
         beside.update(round(point.epochs) for point in group)
         halves = [point.accuracy.high - point.accuracy.mean for point in group]
         axes.errorbar(

@@ -70,8 +70,8 @@ def study(name: str, title: str, recipe: tuple[str, ...], width: int, of_dense: 
         title=title,
         question="Gradual pruning or at once? Large and sparse, or small and dense?",
         published=(
-            "large and sparse beats small and dense, MobileNet at 90 % 61.8 (Zhu & Gupta 2017); ResNet-50, gradual less "
-            "at once: -0.7 at 80 %, -0.5 at 90 %, +0.6 at 95.3 % (Gupta et al. 2022)"
+            "large and sparse beats small and dense, MobileNet at 90 % 61.8 (Zhu & Gupta 2017); ResNet-50, gradual "
+            "less at once: -0.7 at 80 %, -0.5 at 90 %, +0.6 at 95.3 % (Gupta et al. 2022)"
         ),
         recipe=recipe,
         arms={

@@ -6,6 +6,7 @@ python experiments/run.py rewinding/full --device gpu       # the published reci
 
 import csv
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,15 @@ TRIALS = 3  # of each published median
 SPAN = 1.693  # standard deviations that 3 values of a normal distribution are apart on average, the highest and lowest
 
 
+@dataclass(frozen=True)
 class RewindingStudy(Study):
-    """What it compares are the networks at the end of each round, by the share of weights that is left."""
+    """What it compares are the networks at the end of each round, by the share of weights that is left.
+
+    Args:
+        medians: what was published of the same recipe, as `published` gives it; the picture has it as crosses.
+    """
+
+    medians: Sequence[Mapping[str, Any]] = ()
 
     def networks(self, results: Mapping[str, Any]) -> Found:
         found = super().networks(results)
@@ -54,16 +62,10 @@ class RewindingStudy(Study):
                 curves.setdefault(name.rpartition(",")[0], []).append((runs[0]["sparsity"], accuracies))
         if curves:
             dense = [run["test_accuracy"] for run in found[DENSE]]
-            draw_accuracy(self.folder / f"{self.key}.png", curves, dense=dense, published=self.published_points(curves))
-
-    def published_points(self, curves: Mapping[str, Any]) -> dict[str, list[tuple[float, float]]]:
-        """The published medians of those curves, if it is the same recipe."""
-        if self.key != "full":
-            return {}
-        return {
-            arm: [(1 - one["density"], one["median"] / 100) for one in published() if one["retraining"] == arm]
-            for arm in curves
-        }
+            crosses: dict[str, list[tuple[float, float]]] = {}
+            for one in (one for one in self.medians if one["retraining"] in curves):
+                crosses.setdefault(one["retraining"], []).append((1 - one["density"], one["median"] / 100))
+            draw_accuracy(self.folder / f"{self.key}.png", curves, dense=dense, published=crosses)
 
 
 def _accuracy(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -154,5 +156,6 @@ STUDIES = (
         claims=(Reaches(DENSE, 91.71, 0.23, TRIALS), *reached((0.21, 0.107)), *ORDER),
         seeds=(1, 2, 3),
         facts=facts,
+        medians=published(),
     ),
 )

@@ -60,6 +60,7 @@ class Line:
         seeds: how many.
         bar: what `measured` has to be.
         holds: "yes", "no", or "not shown": the interval has the bar in it.
+        accuracies: of the arms it is about, in per cent, mean and deviation over their seeds; "" if of none.
     """
 
     words: str
@@ -67,6 +68,7 @@ class Line:
     seeds: int
     bar: str
     holds: Literal["yes", "no", "not shown"]
+    accuracies: str = ""
 
 
 class Claim(ABC):
@@ -101,7 +103,8 @@ class Above(Claim):
         bar = f"{self.of} > {self.points:+g}" if self.points else f"{self.of} > 0"
         words = f"{self.arm}, less {self.control}"
         holds = _holds(100 * least > self.points, 100 * most <= self.points)
-        return Line(words, " ".join(in_points(less)), less.n, bar, holds)
+        accuracies = _accuracies(found, self.arm, self.control)
+        return Line(words, " ".join(in_points(less)), less.n, bar, holds, accuracies)
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,9 @@ class Alike(Claim):
             return None
         apart = 100 * max(less.low, -less.high) >= self.points
         holds = _holds(100 * max(-less.low, less.high) < self.points, apart)
-        words = f"{self.arm}, less {self.control}"
-        return Line(words, " ".join(in_points(less)), less.n, f"within {self.points:g} of 0", holds)
+        words, bar = f"{self.arm}, less {self.control}", f"within {self.points:g} of 0"
+        accuracies = _accuracies(found, self.arm, self.control)
+        return Line(words, " ".join(in_points(less)), less.n, bar, holds, accuracies)
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,11 @@ class Reaches(Claim):
 
 def _holds(yes: bool, no: bool) -> Literal["yes", "no", "not shown"]:
     return "yes" if yes else "no" if no else "not shown"
+
+
+def _accuracies(found: Found, *arms: str) -> str:
+    every = [[100 * run["test_accuracy"] for run in found[arm]] for arm in arms]
+    return ", ".join(f"{mean(values):.2f} +- {stdev(values):.2f}" for values in every)
 
 
 def _difference(found: Found, arm: str, control: str) -> Interval | None:
@@ -276,23 +285,36 @@ def of_rounds(summary: Mapping[str, Any]) -> list[dict[str, float]]:
 
 
 def headline(studies: Iterable[Study]) -> str:
-    """The claims of studies that have results, for the project's README.md."""
-    lines = [(study.title, *_cells(line)) for study in studies for line in study.lines(study.results)]
+    """The claims of studies that have results, for the project's README.md; the task stands beside its first one."""
+    lines = []
+    for study in studies:
+        for number, line in enumerate(study.lines(study.results)):
+            lines.append((*_once(number, study.title), *_cells(line)))
     return markdown_table(("task", "accuracy of", "points, 95 % interval", "seeds", "bar", "holds"), lines)
 
 
 def all_claims(studies: Iterable[Study]) -> str:
-    """All claims of the studies that have results: question, published, ours, the command that makes it, with what."""
+    """All claims of the studies that have results: question, published, ours, the command that makes it, with what.
+
+    What is the same of all claims of a study stands beside its first one.
+    """
     lines = []
     for study in studies:
         results = study.results
-        for line in study.lines(results):
+        for number, line in enumerate(study.lines(results)):
             link = f"[{study.question}]({study.folder.name}/README.md)"
             command = f"`python experiments/run.py {study.name}`"
-            device, when, commit = _made(results["runs"])
-            lines.append((link, study.title, study.published, *_cells(line), command, device, when, commit))
-    header = ("question", "task", "published", "claim", "ours", "seeds", "bar", "holds")
+            about = _once(number, link, study.title, study.published)
+            made = _once(number, command, *_made(results["runs"]))
+            words, *rest = _cells(line)
+            lines.append((*about, words, line.accuracies, *rest, *made))
+    header = ("question", "task", "published", "claim", "ours, per cent", "difference", "seeds", "bar", "holds")
     return markdown_table((*header, "command", "device", "date", "commit"), lines)
+
+
+def _once(number: int, *cells: str) -> tuple[str, ...]:
+    """The cells of the first line of a study, and blank ones in those below."""
+    return cells if number == 0 else ("",) * len(cells)
 
 
 def _cells(line: Line) -> tuple[str, ...]:

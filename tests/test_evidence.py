@@ -55,6 +55,21 @@ def test_both_are_alike(evidence, accuracies, holds):
     assert evidence.Alike("a", "b", 2.0).check(found(*accuracies)).holds == holds
 
 
+def test_a_study_is_named_beside_its_first_claim(evidence):
+    class Recorded(evidence.Study):
+        @property
+        def results(self) -> dict[str, Any]:
+            return {"runs": [run | MADE | {"arm": arm} for arm, runs in found(0.52, 0.522).items() for run in runs]}
+
+    claims = (evidence.Above("a", "b"), evidence.Alike("a", "b", 4.0))
+    study = Recorded("x/y", "the task", "Why?", (), dict.fromkeys("ab"), "b", claims, "so (they)")
+    _, _, first, second = evidence.all_claims([study]).splitlines()
+    ours = "a, less b | 52.10 +- 0.14, 50.00 +- 0.00 | +2.10 [+0.83, +3.37] | 2"
+    made = "`python experiments/run.py x/y` | a CPU | 2026-01-01 | none"
+    assert first == f"| [Why?](x/README.md) | the task | so (they) | {ours} | lower end > 0 | yes | {made} |"
+    assert second == f"|  |  |  | {ours} | within 4 of 0 | yes |  |  |  |  |"
+
+
 def test_a_published_figure_is_reached_within_twice_the_standard_error_and_at_least_four_tenths(evidence):
     claim = evidence.Reaches("a", 91.71, 0.23, 3)
     assert claim.check(found(0.921, 0.921)).holds == "yes"

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conformance.harness import loaders, make_trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from sparsetrain import BidirectionalWeightPruning, StraightThroughNM, ops
@@ -19,6 +20,7 @@ from sparsetrain import BidirectionalWeightPruning, StraightThroughNM, ops
 LR, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 0.02
 Batch = tuple[Tensor, Tensor]
 MasksOf = Callable[[Tensor], tuple[Tensor, Tensor]]
+SCALED = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]}
 BDWP = BidirectionalWeightPruning
 STE = StraightThroughNM
 

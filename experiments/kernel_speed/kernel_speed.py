@@ -307,7 +307,7 @@ def _packing(bench: Bench, shape: tuple[int, int]) -> Row:
         bench.scale.rounds,
     )
     # A weight: 4 bytes read, two operands of 2 bytes and two masks of a bit written; each operand read, 9/16 written.
-    bytes_per_weight = {"prune": 4 + 2 * 2 + 2 / 8, "compress": 2 * (2 + 2 * 9 / 16), "copy": 4 + 4}
+    bytes_per_weight = {"prune": 4 + 2 * 2, "compress": 2 * (2 + 2 * 9 / 16), "copy": 4 + 4}
     for name, size in bytes_per_weight.items():
         us[name]["gb_per_s"] = round(size * out * inner / us[name]["median_us"] / 1e3, 2)
     return {"out": out, "in": inner, "us": us, "gpu": gpu_state()}

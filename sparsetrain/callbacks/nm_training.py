@@ -24,7 +24,6 @@ from sparsetrain.masks import Masks, Pruning
 from sparsetrain.ops import NMRule
 from sparsetrain.ops.layers import make_effective
 from sparsetrain.ops.policy import Decision, check_backend
-from sparsetrain.ops.reference import add_decay_
 from sparsetrain.selection import PlanRow, Selection
 from sparsetrain.steps import check_steps
 
@@ -383,7 +382,7 @@ class NMTraining(SparsityCallback):
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for layer in self._layers.values():
             if id(layer.weight) in held and layer.weight.grad is not None:
-                add_decay_(layer.weight.grad, layer.weight, layer.mask, self.decay)
+                layer.add_decay_(self.decay)
 
     def _replace(self, pl_module: L.LightningModule, name: str, value: Callable[..., Any]) -> None:
         """Set an attribute of the module until `_detach`."""

@@ -68,6 +68,11 @@ class _Effective(nn.Module):
                 self._cached = (forward, forward if self.rule.one_mask else torch.empty_like(forward))
             self.rule.write_(*self._cached, self.weight, mask=self._held)
 
+    def add_decay_(self, decay: float) -> None:
+        """Add decay * (1 - mask) * weight to the weight's gradient, which there must be (SR-STE)."""
+        assert self.weight.grad is not None
+        self.rule.add_decay_(self.weight.grad, self.weight, decay, mask=self._held)
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Save the forward product's weights, under the name that the plain layer gives them."""
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -1,6 +1,9 @@
 """Pruning, compression and sparse products as operators of torch.library, opaque to `torch.compile`."""
 
+import functools
 import importlib.util
+from contextlib import AbstractContextManager
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -9,11 +12,61 @@ from sparsetrain.ops import cusparselt, reference
 from sparsetrain.transposable import best_tiles
 
 
+@torch.no_grad()
+def prune_(weight: Tensor, n: int, m: int, *, forward: Tensor, backward: Tensor | None) -> None:
+    """Write M_f * weight into `forward` and M_b * weight into `backward`: `reference.prune_`, on a GPU by one kernel.
+
+    Args:
+        weight: [out, in / groups, ...].
+        n: kept per group.
+        m: size of a group.
+        forward: of the weight's shape and strides, and of any float dtype of 16, 32 or 64 bits.
+        backward: the same; None: not wanted.
+    """
+    weight, kernels = weight.detach(), _kernels(weight.device)
+    fits = forward.dtype != torch.float64 and forward.stride() == weight.stride()
+    if kernels is not None and fits and kernels.obstacle(weight, m, backward=backward is not None) is None:
+        with _current(weight):
+            kernels.prune_(weight, n, m, forward, backward)
+    else:
+        reference.prune_(weight, n, m, forward=forward, backward=backward)
+
+
+@torch.no_grad()
+def add_decay_(grad: Tensor, weight: Tensor, n: int, m: int, decay: float) -> None:
+    """Do grad += decay * (1 - M_f) * weight in place (SR-STE): `reference.add_decay_`, on a GPU by one kernel."""
+    weight, kernels = weight.detach(), _kernels(weight.device)
+    if kernels is not None and kernels.decay_obstacle(grad, weight, m) is None:
+        with _current(weight):
+            kernels.add_decay_(grad, weight, n, m, decay)
+    else:
+        reference.add_decay_(grad, weight, reference.nm_mask(weight, n, m), decay)
+
+
+def _kernels(device: torch.device) -> ModuleType | None:
+    """`triton_kernels` for tensors on a GPU, where triton is installed."""
+    return _triton_kernels() if device.type == "cuda" else None
+
+
+@functools.cache
+def _triton_kernels() -> ModuleType | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from sparsetrain.ops import triton_kernels
+
+    return triton_kernels
+
+
+def _current(tensor: Tensor) -> AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one, on which triton launches."""
+    return torch.cuda.device(tensor.device)
+
+
 @torch.library.custom_op("sparsetrain::prune", mutates_args=())
 def prune(weight: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
     """M_f * weight, cast to `dtype`; shape and strides of `weight`."""
     forward = torch.empty_like(weight, dtype=dtype)
-    reference.prune_(weight, n, m, forward=forward)
+    prune_(weight, n, m, forward=forward, backward=None)
     return forward
 
 
@@ -27,7 +80,7 @@ def prune_dual(weight: Tensor, n: int, m: int, dtype: torch.dtype) -> tuple[Tens
     """M_f * weight and M_b * weight, cast to `dtype`; shape and strides of `weight`."""
     forward = torch.empty_like(weight, dtype=dtype)
     backward = torch.empty_like(forward)
-    reference.prune_(weight, n, m, forward=forward, backward=backward)
+    prune_(weight, n, m, forward=forward, backward=backward)
     return forward, backward
 
 
@@ -51,13 +104,11 @@ def _(weight: Tensor, n: int, m: int, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op("sparsetrain::prune_dual_t", mutates_args=())
 def prune_dual_t(weight: Tensor, n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """M_f * weight, [out, in], and (M_b * weight)^T, [in, out], both contiguous, cast to `dtype`; weight: [out, in]."""
-    if weight.is_cuda and importlib.util.find_spec("triton") is not None:
-        from sparsetrain.ops import triton_kernels
-
-        if triton_kernels.supports(weight, n, m) is None:
-            with torch.cuda.device(weight.device):  # triton launches on the current one
-                return triton_kernels.prune_dual(weight, n, m, dtype)[:2]
-    weight = weight.contiguous()
+    weight, kernels = weight.contiguous(), _kernels(weight.device)
+    if kernels is not None and kernels.obstacle(weight, m, backward=True) is None:
+        with _current(weight):
+            operands: tuple[Tensor, Tensor] = kernels.prune_dual_t(weight, n, m, dtype)
+            return operands
     forward = torch.empty_like(weight, dtype=dtype)
     backward = torch.empty_like(forward)
     reference.prune_(weight, n, m, forward=forward, backward=backward)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsetrain.nm import check_nm
 from sparsetrain.ops import library
-from sparsetrain.ops.reference import masked, masked_, nm_mask, prune_
+from sparsetrain.ops.reference import add_decay_, masked, masked_, nm_mask
 from sparsetrain.transposable import best_tiles
 
 _BACKWARDS = ("dense", "bidirectional", "transposable")
@@ -123,7 +123,21 @@ class NMRule:
         if mask is not None:
             masked_(forward, weight.detach(), mask)
         else:
-            prune_(weight, self.n, self.m, forward=forward, backward=None if self.one_mask else backward)
+            library.prune_(weight, self.n, self.m, forward=forward, backward=None if self.one_mask else backward)
+
+    def add_decay_(self, grad: Tensor, weight: Tensor, decay: float, *, mask: Tensor | None = None) -> None:
+        """Do grad += decay * (1 - M) * weight in place, M the mask of the forward product (SR-STE).
+
+        Args:
+            grad: of the weight's shape; unscaled, and once per optimizer step.
+            weight: the dense master.
+            decay: lambda, at least 0.
+            mask: as for `weights`.
+        """
+        if mask is None and self.backward != "transposable":
+            library.add_decay_(grad, weight, self.n, self.m, decay)
+        else:
+            add_decay_(grad, weight, self.mask(weight) if mask is None else mask, decay)
 
     def _check_one_mask(self) -> None:
         if not self.one_mask:

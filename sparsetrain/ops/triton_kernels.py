@@ -3,6 +3,8 @@
 They follow `reference` bit for bit: the same ranking of integer keys, and no fused multiply-add.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -10,69 +12,117 @@ from torch import Tensor
 
 from sparsetrain.nm import bits_dtype
 
-_ROWS, _COLUMNS = 32, 32  # of a tile; multiples of every m that `supports` allows
-_FLAT = 1024
+_ROWS, _COLUMNS = 32, 32  # of a tile; multiples of every m that `obstacle` allows
+_UNWANTED, _LIKE_WEIGHT, _TRANSPOSED = range(3)  # what is made of the backward operand
 
 
-def supports(weight: Tensor, n: int, m: int) -> str | None:
-    """Why the kernels cannot prune `weight`, or None if they can."""
-    if weight.dim() != 2 or not weight.is_contiguous():
-        return "the weight is not a contiguous matrix"
-    if m not in (2, 4, 8, 16):
-        return f"m={m} is not 2, 4, 8 or 16"
-    if weight.shape[0] % m or weight.shape[1] % m or weight.shape[0] % 8 or weight.shape[1] % 8:
-        return f"the shape {tuple(weight.shape)} is not divisible by {max(m, 8)}"
+def obstacle(weight: Tensor, m: int, *, backward: bool) -> str | None:
+    """Why the kernels cannot prune `weight`, or None if they can.
+
+    Args:
+        weight: [out, in / groups, ...], of a linear or convolution layer.
+        m: size of a group.
+        backward: whether the backward operand is wanted, too.
+    """
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"{weight.dtype}"
+    if m not in (2, 4, 8, 16):
+        return f"m={m} is not 2, 4, 8 or 16"
+    if _layout(weight) is None:
+        return f"strides {weight.stride()} are neither contiguous nor channels_last"
+    if weight.shape[1] % m or (backward and weight.shape[0] % m):
+        return f"the shape {tuple(weight.shape)} is not divisible by {m}"
     return None
 
 
-def prune_dual(weight: Tensor, n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both pruned operands and both masks in one pass.
+def prune_(weight: Tensor, n: int, m: int, forward: Tensor, backward: Tensor | None) -> None:
+    """Write M_f * weight into `forward` and M_b * weight into `backward` in one pass, as `reference.prune_`.
 
     Args:
-        weight: [out, in], as `supports` allows.
+        weight: [out, in / groups, ...], without an `obstacle`.
         n: kept per group.
         m: size of a group.
-        dtype: of the operands.
-
-    Returns:
-        M_f * W, [out, in]; (M_b * W)^T, [in, out], contiguous; and M_f and M_b packed along a row of W, uint8
-        [out, in / 8], as `masks.pack` does it: the first weight in the highest bit.
+        forward: of the weight's shape and strides, of float32, float16 or bfloat16.
+        backward: the same, or None.
     """
-    if reason := supports(weight, n, m):
-        raise ValueError(f"The Triton kernel cannot prune this weight: {reason}. Use `reference.prune_`.")
-    out, inner = weight.shape
-    forward = torch.empty(out, inner, dtype=dtype, device=weight.device)
-    backward_t = torch.empty(inner, out, dtype=dtype, device=weight.device)
-    masks = [torch.empty(out, inner // 8, dtype=torch.uint8, device=weight.device) for _ in range(2)]
-    grid = (triton.cdiv(out, _ROWS), triton.cdiv(inner, _COLUMNS))
-    integer = bits_dtype(weight.dtype)
-    to_bfloat16 = weight.dtype == torch.float32 and dtype == torch.bfloat16
-    operands = [operand.view(torch.int16) if to_bfloat16 else operand for operand in (forward, backward_t)]
-    _prune_dual[grid](
-        weight.view(integer), weight, *operands, *masks, out, inner, n,
-        m, _ROWS, _COLUMNS, torch.iinfo(integer).max, to_bfloat16,
-    )  # fmt: skip
-    return forward, backward_t, masks[0], masks[1]
+    way = _UNWANTED if backward is None else _LIKE_WEIGHT
+    _launch(weight, n, m, forward, forward if backward is None else backward, way)
 
 
-def add_decay_(grad: Tensor, weight: Tensor, mask: Tensor, decay: float) -> None:
-    """Do grad += decay * (1 - mask) * weight in place, the product rounded before the sum, as `reference.add_decay_`.
+def prune_dual_t(weight: Tensor, n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """M_f * weight, [out, in], and (M_b * weight)^T, [in, out], both contiguous, in one pass.
 
     Args:
-        grad: contiguous, float32.
-        weight: of the same shape, contiguous, float32.
-        mask: uint8, 8 weights a byte in row-major order, the first weight in the highest bit.
+        weight: [out, in], without an `obstacle`.
+        n: kept per group.
+        m: size of a group.
+        dtype: of the results.
+    """
+    forward = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    backward_t = torch.empty(weight.shape[::-1], dtype=dtype, device=weight.device)
+    _launch(weight, n, m, forward, backward_t, _TRANSPOSED)
+    return forward, backward_t
+
+
+def add_decay_(grad: Tensor, weight: Tensor, n: int, m: int, decay: float) -> None:
+    """Do grad += decay * (1 - M_f) * weight in place and one pass, the product rounded before the sum.
+
+    It is `reference.add_decay_` of the weight's present mask.
+
+    Args:
+        grad: of the weight's shape and strides, float32.
+        weight: [out, in / groups, ...] without an `obstacle`, float32.
+        n: kept per group.
+        m: size of a group.
         decay: SR-STE's lambda.
     """
-    if not (grad.is_contiguous() and weight.is_contiguous() and grad.dtype == weight.dtype == torch.float32):
-        raise ValueError(
-            f"The Triton decay needs contiguous float32 tensors; got {grad.dtype} with strides {grad.stride()} and "
-            f"{weight.dtype} with strides {weight.stride()}. Use `reference.add_decay_`."
-        )
-    size = grad.numel()
-    _add_decay[(triton.cdiv(size, _FLAT),)](grad, weight, mask, decay, size, _FLAT, enable_fp_fusion=False)
+    if reason := decay_obstacle(grad, weight, m):
+        raise ValueError(f"The Triton kernel cannot add the decay: {reason}. Use `reference.add_decay_`.")
+    grid, sizes = _tiles(weight)
+    _add_decay[grid](
+        grad, weight.view(torch.int32), weight, decay, *sizes, n,
+        m, _ROWS, _COLUMNS, torch.iinfo(torch.int32).max, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def decay_obstacle(grad: Tensor, weight: Tensor, m: int) -> str | None:
+    """Why the kernel cannot add the decay to `grad`, or None if it can."""
+    if not grad.dtype == weight.dtype == torch.float32:
+        return f"a gradient of {grad.dtype} and a weight of {weight.dtype}, not both of torch.float32"
+    if grad.stride() != weight.stride():
+        return f"a gradient of strides {grad.stride()}, a weight of {weight.stride()}"
+    return obstacle(weight, m, backward=False)
+
+
+def _launch(weight: Tensor, n: int, m: int, forward: Tensor, backward: Tensor, way: int) -> None:
+    if reason := obstacle(weight, m, backward=way != _UNWANTED):
+        raise ValueError(f"The Triton kernel cannot prune this weight: {reason}. Use `reference.prune_`.")
+    integer = bits_dtype(weight.dtype)
+    to_bfloat16 = weight.dtype == torch.float32 and forward.dtype == torch.bfloat16
+    operands = [operand.view(torch.int16) if to_bfloat16 else operand for operand in (forward, backward)]
+    grid, sizes = _tiles(weight)
+    _prune[grid](
+        weight.view(integer), weight, *operands, *sizes, n,
+        m, _ROWS, _COLUMNS, torch.iinfo(integer).max, way, to_bfloat16, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _layout(weight: Tensor) -> tuple[int, int] | None:
+    """The strides of an input channel and of a place in the kernel; None if these places are in no even order."""
+    positions = math.prod(weight.shape[2:])
+    if weight.is_contiguous():
+        return positions, 1
+    last = weight.movedim(1, -1)
+    return (1, weight.shape[1]) if last.is_contiguous() else None
+
+
+def _tiles(weight: Tensor) -> tuple[tuple[int, int], tuple[int, int, int, int, int]]:
+    """The grid of a kernel, and the sizes and strides that it takes."""
+    layout = _layout(weight)
+    assert layout is not None
+    out, inner = weight.shape[:2]
+    columns = math.prod(weight.shape[1:])
+    return (triton.cdiv(out, _ROWS), triton.cdiv(columns, _COLUMNS)), (out, columns, inner, *layout)
 
 
 @triton.jit
@@ -86,10 +136,23 @@ def _keep(keys, n, M: tl.constexpr):
 
 
 @triton.jit
-def _pack(keep, R: tl.constexpr, C: tl.constexpr):
-    """Eight neighbours of a row in a byte, as `masks.pack`; keep: [R, C]."""
-    bits = tl.reshape(keep.to(tl.int32), (R, C // 8, 8)) << (7 - tl.arange(0, 8))[None, None, :]
-    return tl.sum(bits, axis=2).to(tl.uint8)
+def _keep_forward(keys, n, M: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """The mask of groups of neighbours in a row; keys: [R, C]."""
+    return tl.reshape(_keep(tl.reshape(keys, (R * C // M, M)), n, M), (R, C))
+
+
+@triton.jit
+def _place(out, columns, inner, channel_stride, position_stride, R: tl.constexpr, C: tl.constexpr):
+    """Rows and columns of this tile, where its weights lie, and which of them there are.
+
+    A column is a place in the kernel and an input channel, the channels of one place side by side. Whole groups lie
+    inside or outside, because M divides the input channels, and the rows where groups run along them.
+    """
+    row = tl.program_id(0) * R + tl.arange(0, R)
+    column = tl.program_id(1) * C + tl.arange(0, C)
+    of_column = (column % inner) * channel_stride + (column // inner) * position_stride
+    offset = row[:, None].to(tl.int64) * columns + of_column[None, :]
+    return row, column, offset, (row[:, None] < out) & (column[None, :] < columns)
 
 
 @triton.jit
@@ -101,42 +164,39 @@ def _bfloat16_bits(value):
 
 
 @triton.jit
-def _prune_dual(
-    bits_ptr, weight_ptr, forward_ptr, backward_t_ptr, mask_f_ptr, mask_b_ptr, out, inner, n,
-    M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, MAGNITUDE: tl.constexpr,
-    TO_BFLOAT16: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    column = tl.program_id(1) * C + tl.arange(0, C)
-    offset = row[:, None].to(tl.int64) * inner + column[None, :]
-    # Whole groups lie inside or outside of the matrix, because both sizes are divisible by M.
-    inside = (row[:, None] < out) & (column[None, :] < inner)
-    weight = tl.load(weight_ptr + offset, mask=inside, other=0.0)
-    keys = tl.load(bits_ptr + offset, mask=inside, other=0).to(tl.int32) & MAGNITUDE
-    keep_f = tl.reshape(_keep(tl.reshape(keys, (R * C // M, M)), n, M), (R, C))
-    keep_b = tl.trans(tl.reshape(_keep(tl.reshape(tl.trans(keys), (R * C // M, M)), n, M), (C, R)))
-    forward, backward = tl.where(keep_f, weight, 0.0), tl.where(keep_b, weight, 0.0)
-    if TO_BFLOAT16:
-        forward, backward = _bfloat16_bits(forward), _bfloat16_bits(backward)
-    else:
-        dtype = forward_ptr.dtype.element_ty
-        forward, backward = forward.to(dtype), backward.to(dtype)
-    tl.store(forward_ptr + offset, forward, mask=inside)
-    offset_t = column[:, None].to(tl.int64) * out + row[None, :]
-    tl.store(backward_t_ptr + offset_t, tl.trans(backward), mask=tl.trans(inside))
-    byte = tl.program_id(1) * (C // 8) + tl.arange(0, C // 8)
-    offset_8 = row[:, None].to(tl.int64) * (inner // 8) + byte[None, :]
-    inside_8 = (row[:, None] < out) & (byte[None, :] < inner // 8)
-    tl.store(mask_f_ptr + offset_8, _pack(keep_f, R, C), mask=inside_8)
-    tl.store(mask_b_ptr + offset_8, _pack(keep_b, R, C), mask=inside_8)
+def _cast(value, pointer, TO_BFLOAT16: tl.constexpr):
+    return _bfloat16_bits(value) if TO_BFLOAT16 else value.to(pointer.dtype.element_ty)
 
 
 @triton.jit
-def _add_decay(grad_ptr, weight_ptr, mask_ptr, decay, size, SIZE: tl.constexpr):
-    place = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    inside = place < size
-    grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
-    weight = tl.load(weight_ptr + place, mask=inside, other=0.0)
-    byte = tl.load(mask_ptr + place // 8, mask=inside, other=0).to(tl.int32)
-    pruned = ((byte >> (7 - place % 8).to(tl.int32)) & 1) == 0
-    tl.store(grad_ptr + place, grad + tl.where(pruned, weight, 0.0) * decay, mask=inside)
+def _prune(
+    bits_ptr, weight_ptr, forward_ptr, backward_ptr, out, columns, inner, channel_stride, position_stride, n,
+    M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, MAGNITUDE: tl.constexpr, BACKWARD: tl.constexpr,
+    TO_BFLOAT16: tl.constexpr,
+):  # fmt: skip
+    row, column, offset, inside = _place(out, columns, inner, channel_stride, position_stride, R, C)
+    weight = tl.load(weight_ptr + offset, mask=inside, other=0.0)
+    keys = tl.load(bits_ptr + offset, mask=inside, other=0).to(tl.int32) & MAGNITUDE
+    forward = tl.where(_keep_forward(keys, n, M, R, C), weight, 0.0)
+    tl.store(forward_ptr + offset, _cast(forward, forward_ptr, TO_BFLOAT16), mask=inside)
+    if BACKWARD > 0:
+        backward = tl.where(tl.trans(_keep_forward(tl.trans(keys), n, M, C, R)), weight, 0.0)
+        backward = _cast(backward, backward_ptr, TO_BFLOAT16)
+        if BACKWARD == 1:
+            tl.store(backward_ptr + offset, backward, mask=inside)
+        else:
+            offset_t = column[:, None].to(tl.int64) * out + row[None, :]
+            tl.store(backward_ptr + offset_t, tl.trans(backward), mask=tl.trans(inside))
+
+
+@triton.jit
+def _add_decay(
+    grad_ptr, bits_ptr, weight_ptr, decay, out, columns, inner, channel_stride, position_stride, n,
+    M: tl.constexpr, R: tl.constexpr, C: tl.constexpr, MAGNITUDE: tl.constexpr,
+):  # fmt: skip
+    _, _, offset, inside = _place(out, columns, inner, channel_stride, position_stride, R, C)
+    grad = tl.load(grad_ptr + offset, mask=inside, other=0.0)
+    weight = tl.load(weight_ptr + offset, mask=inside, other=0.0)
+    keys = tl.load(bits_ptr + offset, mask=inside, other=0).to(tl.int32) & MAGNITUDE
+    pruned = tl.where(_keep_forward(keys, n, M, R, C), 0.0, weight)
+    tl.store(grad_ptr + offset, grad + pruned * decay, mask=inside)

@@ -1,10 +1,13 @@
 """The registered operators pass opcheck and agree with the reference; those for a GPU are compared there."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from ops import slow
 
-from sparsetrain.ops import autograd, cusparselt, library
+from sparsetrain.ops import NMRule, autograd, cusparselt, library, reference
 
 REASON = cusparselt.probe()
 gpu = [pytest.mark.gpu, pytest.mark.skipif(REASON is not None, reason=str(REASON))]
@@ -36,6 +39,59 @@ def test_the_transposed_operand_is_the_pruned_one_turned(n, m):
     assert torch.equal(forward, weight * slow.group_mask(weight, n, m, 1))
     assert torch.equal(backward_t, (weight * slow.group_mask(weight, n, m, 0)).t())
     assert backward_t.is_contiguous()
+
+
+def weights(device="cpu"):
+    """Of a linear layer and of convolutions in both memory formats."""
+    torch.manual_seed(0)
+    found = [torch.randn(shape).to(device) for shape in ((16, 24), (8, 12, 3, 3), (8, 12, 3, 3))]
+    return [*found[:2], found[2].to(memory_format=torch.channels_last)]
+
+
+@pytest.mark.parametrize("reason", [None, "some"])
+def test_the_kernels_are_used_wherever_there_is_no_obstacle(monkeypatch, reason):
+    called = []
+
+    def prune_(weight, n, m, forward, backward):
+        called.append(("prune", tuple(weight.shape)))
+        reference.prune_(weight, n, m, forward=forward, backward=backward)
+
+    def add_decay_(grad, weight, n, m, decay):
+        called.append(("decay", tuple(weight.shape)))
+        reference.add_decay_(grad, weight, reference.nm_mask(weight, n, m), decay)
+
+    stub = SimpleNamespace(prune_=prune_, add_decay_=add_decay_)
+    stub.obstacle = stub.decay_obstacle = lambda *arguments, **settings: reason
+    monkeypatch.setattr(library, "_kernels", lambda device: stub)
+    monkeypatch.setattr(library, "_current", lambda tensor: nullcontext())
+    for backward in ("dense", "bidirectional", "transposable"):
+        rule = NMRule(2, 4, backward)
+        for weight in weights():
+            operands = [torch.empty_like(weight) for _ in range(1 if rule.one_mask else 2)]
+            rule.write_(operands[0], operands[-1], weight)
+            for operand, expected in zip(operands, rule.weights(weight), strict=False):
+                assert torch.equal(operand, expected)
+            grad = torch.zeros_like(weight)
+            rule.add_decay_(grad, weight, 0.5)
+            assert torch.equal(grad, 0.5 * (weight - operands[0]))
+    # Transposable masks are found by enumeration.
+    assert {name for name, _ in called} == ({"prune", "decay"} if reason is None else set())
+    assert len(called) == (0 if reason else 2 * 3 * 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_on_a_gpu_weights_and_decay_are_those_of_the_cpu(dtype):
+    for backward in ("dense", "bidirectional", "transposable"):
+        rule = NMRule(2, 4, backward)
+        for weight, there in zip(weights(), weights("cuda"), strict=True):
+            for ours, theirs in zip(rule.weights(there, dtype), rule.weights(weight, dtype), strict=True):
+                assert torch.equal(ours.cpu(), theirs)
+            grad, expected = torch.ones_like(there), torch.ones_like(weight)
+            rule.add_decay_(grad, there, 0.3)
+            rule.add_decay_(expected, weight, 0.3)
+            assert torch.equal(grad.cpu(), expected)
 
 
 @pytest.mark.parametrize("sparse_backward", [True, False])

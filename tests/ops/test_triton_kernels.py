@@ -37,18 +37,34 @@ def test_compiled_kernels_equal_the_reference():
     assert result.returncode == 0, result.stderr
 
 
+# The GPUs' machine code, which needs no GPU to make: A100, H100.
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_for_gpus(capability):
+    result = run("compile", CAPABILITY=str(capability))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "compiled\n"
+
+
 def test_what_the_kernels_cannot_prune_is_refused_with_the_reason():
     from sparsetrain.ops import triton_kernels
 
-    assert triton_kernels.supports(torch.empty(16, 16), 2, 4) is None
+    assert triton_kernels.obstacle(torch.empty(16, 16), 4, backward=True) is None
+    assert triton_kernels.obstacle(torch.empty(10, 16), 4, backward=False) is None
     for weight, m, reason in (
-        (torch.empty(16, 16).t()[:8], 4, "not a contiguous matrix"),
-        (torch.empty(16, 16), 5, "m=5 is not 2, 4, 8 or 16"),
-        (torch.empty(16, 12), 4, r"not divisible by 8"),
+        (torch.empty(16, 16).t()[:8], 4, "neither contiguous nor channels_last"),
+        (torch.empty(16, 16, 3, 3).transpose(2, 3), 4, "neither contiguous nor channels_last"),
+        (torch.empty(15, 15), 5, "m=5 is not 2, 4, 8 or 16"),
+        (torch.empty(16, 10), 4, "not divisible by 4"),
+        (torch.empty(10, 16), 4, "not divisible by 4"),
         (torch.empty(16, 16, dtype=torch.float64), 4, "torch.float64"),
     ):
-        assert reason in triton_kernels.supports(weight, 2, m)
         with pytest.raises(ValueError, match=f"cannot prune this weight: .*{reason}"):
-            triton_kernels.prune_dual(weight, 2, m, torch.bfloat16)
-    with pytest.raises(ValueError, match=r"needs contiguous float32 tensors; got torch.bfloat16"):
-        triton_kernels.add_decay_(torch.zeros(8).bfloat16(), torch.zeros(8), torch.zeros(1, dtype=torch.uint8), 0.1)
+            triton_kernels.prune_dual_t(weight, 2, m, torch.bfloat16)
+    weight = torch.zeros(8, 4, 3, 3)
+    for grad, reason in (
+        (torch.zeros_like(weight).bfloat16(), "torch.bfloat16"),
+        (torch.zeros_like(weight, memory_format=torch.channels_last), "strides"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot add the decay: .*{reason}"):
+            triton_kernels.add_decay_(grad, weight, 2, 4, 0.1)

@@ -58,23 +58,6 @@ STUDIES = (
         ),
     ),
     Study(
-        name="nm_accuracy/decay",
-        title=f"{SMALL_TITLE}, batches of 128, 10 epochs",
-        question=QUESTION,
-        recipe=(
-            *("+experiment=resnet20_dense", "model.width=8", "dataset.size=8", "dataset.shift=1"),
-            *("trainer.max_epochs=10", "lr_policy.milestones=[5ep,8ep]", "module.channels_last=true"),
-        ),
-        arms={
-            DENSE: (),
-            BARRED: (BDWP,),
-            **{f"BDWP 2:4, decay {decay:g}": (BDWP, f"method.decay={decay}") for decay in (1e-3, 4e-3, 1.6e-2)},
-        },
-        control=DENSE,
-        claims=(),
-        seeds=(1, 2, 3),
-    ),
-    Study(
         name="nm_accuracy/resnet20",
         title="ResNet-20, CIFAR-10 at 16x16, 30 epochs",
         question=QUESTION,

@@ -71,7 +71,19 @@ class _Effective(nn.Module):
     def add_decay_(self, decay: float) -> None:
         """Add decay * (1 - mask) * weight to the weight's gradient, which there must be (SR-STE)."""
         assert self.weight.grad is not None
-        self.rule.add_decay_(self.weight.grad, self.weight, decay, mask=self._held)
+        mask = self._used() if self._held is None else self._held
+        self.rule.add_decay_(self.weight.grad, self.weight, decay, mask=mask)
+
+    def _used(self) -> Tensor | None:
+        """The mask from the cache, without kept zeros, whose decay is 0; None if it must be made anew.
+
+        That is without a cache, with one in float16, which rounds small weights to 0, and on a GPU, where one kernel
+        ranks the weights as it adds the decay.
+        """
+        if self._cached is None or self.weight.is_cuda:
+            return None
+        forward = self._cached[0]
+        return forward != 0 if forward.dtype in (self.weight.dtype, torch.bfloat16) else None
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Save the forward product's weights, under the name that the plain layer gives them."""

@@ -132,7 +132,7 @@ class NMRule:
             grad: of the weight's shape; unscaled, and once per optimizer step.
             weight: the dense master.
             decay: lambda, at least 0.
-            mask: as for `weights`.
+            mask: M, where it is known; None: that of the present weight.
         """
         if mask is None and self.backward != "transposable":
             library.add_decay_(grad, weight, self.n, self.m, decay)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -265,6 +266,23 @@ def test_the_cache_is_used_only_for_its_own_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         assert layer.effective() is layer._cached
         assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("cached", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_the_decay_is_that_of_the_mask_with_and_without_a_cache(backward, cached):
+    layer = nn.Linear(16, 12)
+    convert(layer, NMRule(2, 4, backward))
+    with torch.no_grad():
+        layer.weight[:4, :8] = torch.tensor([0.0, -0.0, 0.0, 1e-9, math.inf, -1e-9, 0.0, 0.0])
+        layer.weight[4:, 3::4] = 0.0
+    if cached is not None:
+        layer.refresh_(cached)
+    grad = torch.randn(12, 16)
+    grad[:4, :8] = 0.0  # so that the smallest decay would be seen
+    layer.weight.grad = grad.clone()
+    layer.add_decay_(0.25)
+    assert torch.equal(layer.weight.grad, grad + 0.25 * layer.weight.detach().masked_fill(layer.mask, 0))
 
 
 def test_a_refresh_between_forward_and_backward_is_refused_by_autograd():

@@ -89,16 +89,19 @@ def keep_largest_(mask: Tensor, keys: Tensor, n: int, m: int, axis: int) -> None
     shape, size = planes.shape[1:], planes[0].numel()
     words = math.ceil(size / 8)
     ranks = scratch("ranks", (m, words), torch.int64, keys.device)
-    ranks.copy_(torch.arange(m, device=keys.device).mul_(_ONES).unsqueeze(1))
     beats = scratch("beats", (m, words), torch.int64, keys.device)
-    beats[:, -1] = 0  # bytes beyond the last place
+    if size % 8:
+        beats[:, -1].zero_()  # bytes beyond the last place
     beats_as_bool = beats.view(torch.bool)[:, :size].view(m, *shape)
+    rank, beat, plane = ranks.unbind(), beats.unbind(), planes.unbind()
+    for i in range(m):
+        rank[i].fill_(i * _ONES)
     for i in range(m - 1):
         # rank_i counts the later places that are larger; rank_j starts at j, less the earlier places that it beats.
-        torch.gt(planes[i + 1 :], planes[i], out=beats_as_bool[i + 1 :])
-        ranks[i + 1 :] -= beats[i + 1 :]
+        torch.gt(planes[i + 1 :], plane[i], out=beats_as_bool[i + 1 :])
+        ranks[i + 1 :].sub_(beats[i + 1 :])
         for j in range(i + 1, m):
-            ranks[i] += beats[j]
+            rank[i].add_(beat[j])
     # A byte of rank + 128 - n has its highest bit set where the rank is n or more: no byte overflows into the next.
     ranks.add_((128 - n) * _ONES).bitwise_right_shift_(7).bitwise_and_(_ONES).bitwise_xor_(_ONES)
     kept = ranks.view(torch.bool)[:, :size].view(m, *shape)

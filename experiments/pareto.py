@@ -76,15 +76,16 @@ def table(found: Sequence[Point]) -> str:
 
 
 def draw(path: Path, found: Sequence[Point]) -> None:
-    """Accuracy over epochs, below, and FLOPs of training, above; a line joins the dense networks."""
+    """Accuracy over epochs, below, and FLOPs of training, above; a colour for each study, a line joins the dense."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     figure = Figure(figsize=(9.5, 5), layout="constrained")
     axes = figure.subplots()
     dense = [point for point in found if point.arm == DENSE]
-    groups = [dense] if dense else []
-    groups += [[point] for point in found if point.arm != DENSE]
+    sparse = sorted((point for point in found if point.arm != DENSE), key=lambda point: point.study)
+    colors = {study: f"C{number}" for number, study in enumerate(dict.fromkeys(point.study for point in sparse))}
+    groups = [*([dense] if dense else []), *([point] for point in sparse)]
     beside: Counter[int] = Counter()  # how many have been drawn at a place
     for group, marker in zip(groups, cycle("osD^vPXp*<>h"), strict=False):
         shift = 1.025 ** max(beside[round(point.epochs)] for point in group)
@@ -94,7 +95,7 @@ def draw(path: Path, found: Sequence[Point]) -> None:
             [point.epochs * shift for point in group],
             [point.accuracy.mean for point in group],
             yerr=halves,
-            color="#444444" if group is dense else None,
+            color="#444444" if group is dense else colors[group[0].study],
             linestyle="--" if group is dense else "none",
             marker=marker,
             markersize=6,
@@ -102,7 +103,10 @@ def draw(path: Path, found: Sequence[Point]) -> None:
             label=DENSE if group is dense else f"{group[0].study}: {group[0].arm}",
         )
     axes.set_xscale("log")
-    ticks = sorted({round(point.epochs) for point in found})
+    ticks: list[int] = []
+    for epochs in sorted({round(point.epochs) for point in found}):
+        if not ticks or epochs > 1.1 * ticks[-1]:  # numbers would overlap
+            ticks.append(epochs)
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.minorticks_off()
     axes.set(xlabel="training, in epochs of the dense network (log scale)", ylabel="test accuracy")

@@ -17,6 +17,7 @@ from sparsetrain.report import Interval, markdown_table, t_interval
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3, 4, 5)
+SMALL = ("+experiment=resnet20_dense", "model.width=8", "dataset.size=8", "dataset.shift=1")
 SMALL_TITLE = "ResNet-20 of half the width, CIFAR-10 at 8x8"
 Found = Mapping[str, list[dict[str, Any]]]
 """Arm -> the records of its runs, of two or more."""
@@ -25,7 +26,7 @@ Found = Mapping[str, list[dict[str, Any]]]
 def small(epochs: int) -> tuple[str, ...]:
     """Overrides of a recipe for a core of a CPU, about 10 seconds an epoch; `SMALL_TITLE` is what it trains."""
     return (
-        *("+experiment=resnet20_dense", "model.width=8", "dataset.size=8", "dataset.shift=1"),
+        *SMALL,
         *("dataset.batch_size=512", "optim.lr=0.4", "lr_policy=cosine", "lr_policy.warmup=1ep"),
         *(f"trainer.max_epochs={epochs}", "module.channels_last=true"),
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evidence import HERE, SMALL_TITLE, Above, Alike, Claim, Found, Reaches, Study, full, of_rounds
+from evidence import HERE, SMALL, SMALL_TITLE, Above, Alike, Claim, Found, Reaches, Study, full, of_rounds
 
 from sparsetrain.cli.grid import origin
 from sparsetrain.report import draw_accuracy, markdown_table, t_interval
@@ -139,10 +139,7 @@ STUDIES = (
         title=f"{SMALL_TITLE}, 12 epochs a round, 3 rounds to 10.7 % of the weights",
         question=QUESTION,
         published="ResNet-20 at 10.74 %: LR 91.01, weights 91.00, fine-tuning 89.33, init 86.67 (Renda et al. 2020)",
-        recipe=(
-            *("+experiment=resnet20_dense", "model.width=8", "dataset.size=8", "dataset.shift=1"),
-            *("trainer.max_epochs=12", "lr_policy.milestones=[6ep,9ep]", "module.channels_last=true"),
-        ),
+        recipe=(*SMALL, "trainer.max_epochs=12", "lr_policy.milestones=[6ep,9ep]", "module.channels_last=true"),
         arms=arms(("method.rounds=3", "method.per_round=0.525", "method.round_length=12ep"), rewind_to=1),
         control=DENSE,
         claims=ORDER,

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsetrain import prune, save_masks, soups
-from sparsetrain.soups import distances, greedy, recalibrate, recalibration_size, uniform
+from sparsetrain import prune, save_masks
+from sparsetrain.soups import distances, greedy, recalibrate, uniform
+from sparsetrain.soups.members import AT_ONCE, MAPPED, opened
 
-LONG = 2 * soups._AT_ONCE + 3  # read in three parts
+LONG = 2 * AT_ONCE + 3  # read in three parts
 
 
 def member(seed: int, *, pruned: float = 0.5) -> dict[str, Tensor]:
@@ -177,7 +178,7 @@ def test_a_damaged_file_and_one_of_another_kind_are_refused(tmp_path):
 
 def test_a_file_that_is_written_to_while_it_is_read_is_refused(tmp_path):
     (path,) = saved(tmp_path, [STATE])
-    with soups._opened([path]) as (source,):
+    with opened([path]) as (source,):
         path.write_bytes(path.read_bytes()[:-8])
         with pytest.raises(ValueError, match="became shorter while it was read"):
             _ = [source.read(name, slice(0, shape.numel())) for name, (shape, _) in source.kinds.items()]
@@ -196,7 +197,7 @@ def test_memory_is_that_of_the_soup_however_many_files_there_are(tmp_path):
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
     soup = uniform(paths * 50, [{}] * 50)
-    assert memory("VmHWM") - before < 1.2 * size + soups._MAPPED
+    assert memory("VmHWM") - before < 1.2 * size + MAPPED
     assert float(soup["w"].sum()) == 3e6
 
 
@@ -317,10 +318,6 @@ def test_recalibration_ends_with_the_batch_in_which_so_many_images_have_been_see
     net = Net()
     recalibrate(net, batches(), images=images)
     assert len(net.modes) == taken
-
-
-def test_the_size_is_a_fifth_and_at_most_ten_thousand():
-    assert [recalibration_size(n) for n in (1, 5, 6, 50_000, 50_001, 10**7)] == [1, 1, 2, 10_000, 10_000, 10_000]
 
 
 @pytest.mark.parametrize("moment", ["no batch", "in the loader", "in the module"])

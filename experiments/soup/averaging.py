@@ -35,6 +35,7 @@ from sparsetrain.cli.artifacts import cpu_name, git_state
 from sparsetrain.cli.grid import write_between
 from sparsetrain.models.timm import timm_model
 from sparsetrain.report import markdown_table
+from sparsetrain.soups.members import AT_ONCE
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "averaging.json", HERE / "README.md"
@@ -42,7 +43,7 @@ RESULTS, README = HERE / "results" / "averaging.json", HERE / "README.md"
 MODEL, QUICK_MODEL = "resnet50", "resnet10t"
 SPARSITY, MEMBERS, REPETITIONS = 0.9, 8, 9
 BAR, MEMORY_BAR = 1.5, 2.2
-STRETCH_BYTES = 4 * soups._AT_ONCE
+STRETCH_BYTES = 4 * AT_ONCE
 
 Case = Literal["mappings", "files", "none"]
 WORDS: dict[Case, str] = {

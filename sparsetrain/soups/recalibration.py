@@ -1,0 +1,61 @@
+"""Statistics of batch norm for averaged weights."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparsetrain.soups.members import COUNT, STATISTICS
+
+
+@torch.no_grad()
+def recalibrate(module: nn.Module, batches: Iterable[Tensor], *, images: int | None = None) -> None:
+    """Compute the running statistics of batch norm anew: the mean over `batches`, each counting alike.
+
+    Batch norm alone is in training mode meanwhile: dropout is off, other layers are as in evaluation. Nothing but
+    the running statistics changes, and after an error these have not either. A module without batch norm is left alone.
+
+    Args:
+        module: is called with each batch.
+        batches: inputs on the module's device, such as those of a loader with a fixed seed; the same ones for every
+            model that is compared, and on every rank.
+        images: ends with the batch in which so many inputs have been seen; None takes all batches.
+
+    Raises:
+        ValueError: no batch.
+
+    Source: Zimmer et al. 2024, arXiv:2306.16788; Izmailov et al. 2018, arXiv:1803.05407.
+    Differs: the authors' code leaves the momentum of the layers as it is, so that late batches count more.
+    """
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.running_mean is not None]
+    if not norms:
+        return
+    training = {layer: layer.training for layer in module.modules()}
+    momentum = [layer.momentum for layer in norms]
+    before = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in norms]
+    seen = 0
+    try:
+        for layer in training:
+            layer.training = False  # by attribute: `train` and `eval` of a module may do more
+        for layer in norms:
+            layer.training, layer.momentum = True, None  # None: the mean over all batches
+            layer.reset_running_stats()
+        for batch in batches:
+            module(batch)
+            seen += len(batch)
+            if images is not None and seen >= images:
+                break
+        if not seen:
+            raise ValueError("There is no batch to recalibrate batch norm with. Give at least one.")
+    except BaseException:
+        for layer, buffers in zip(norms, before, strict=True):
+            for name in STATISTICS:
+                layer.get_buffer(name).copy_(buffers[name])
+        raise
+    finally:
+        for layer, was in training.items():
+            layer.training = was
+        for layer, was_momentum, buffers in zip(norms, momentum, before, strict=True):
+            layer.momentum = was_momentum
+            layer.get_buffer(COUNT).copy_(buffers[COUNT])

@@ -3,14 +3,16 @@
 python experiments/run.py nm_accuracy/digits      # LeNet-300-100 on scikit-learn's digits
 python experiments/run.py nm_accuracy/small       # ResNet-20 of half the width on CIFAR-10 at 8x8
 python experiments/run.py nm_accuracy/resnet20    # ResNet-20 on CIFAR-10 at 16x16
+python experiments/run.py nm_accuracy/steps       # the same, the learning rate in steps
 python experiments/run.py nm_accuracy/full --device gpu
 """
 
 from evidence import SMALL_TITLE, Above, Study, full, small
 
 BDWP, STRAIGHT = "method=bdwp", "method=straight_through"
-DENSE, BARRED, DECAYED = "dense", "BDWP 2:4", "BDWP 2:4, decay 0.001"
+DENSE, BARRED, DECAYED = "dense", "BDWP 2:4", "BDWP 2:4, decay 0.002"
 DECAYS = (2e-3, 1e-2, 5e-2)
+AT_16 = ("+experiment=resnet20_dense", "dataset.size=16", "dataset.shift=2", "trainer.max_epochs=30")
 QUESTION = "What do N:M weights cost in accuracy?"
 PUBLISHED = "BDWP at 2:8 loses 0.56 points on average (Fang et al. 2023)"
 
@@ -62,18 +64,11 @@ STUDIES = (
         title="ResNet-20, CIFAR-10 at 16x16, 30 epochs",
         question=QUESTION,
         published=PUBLISHED,
-        recipe=(
-            "+experiment=resnet20_dense",
-            "dataset.size=16",
-            "dataset.shift=2",
-            "trainer.max_epochs=30",
-            "lr_policy.milestones=[15ep,23ep]",
-            "module.channels_last=true",
-        ),
+        recipe=(*AT_16, "lr_policy=cosine", "module.channels_last=true"),
         arms={
             DENSE: (),
             BARRED: (BDWP,),
-            DECAYED: (BDWP, "method.decay=0.001"),
+            DECAYED: (BDWP, "method.decay=0.002"),
             "SR-STE 2:4": (STRAIGHT,),
             "STE 2:4": (STRAIGHT, "method.decay=0.0"),
             "BDWP 2:8": (BDWP, "method.m=8"),
@@ -82,6 +77,16 @@ STUDIES = (
         headline="nm",
         claims=(Above(BARRED, DENSE, -1.5), Above(DECAYED, DENSE, -1.5)),
         stages=((DENSE, DECAYED), (BARRED,), ("SR-STE 2:4", "STE 2:4", "BDWP 2:8")),
+    ),
+    Study(
+        name="nm_accuracy/steps",
+        title="ResNet-20, CIFAR-10 at 16x16, 30 epochs, learning rate in steps",
+        question=QUESTION,
+        published=PUBLISHED,
+        recipe=(*AT_16, "lr_policy.milestones=[15ep,23ep]", "module.channels_last=true"),
+        arms={DENSE: (), "BDWP 2:4, decay 0.001": (BDWP, "method.decay=0.001")},
+        control=DENSE,
+        claims=(Above("BDWP 2:4, decay 0.001", DENSE, -1.5),),
     ),
     Study(
         name="nm_accuracy/full",

@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import mean, median, stdev, variance
 from typing import Any, Literal
 
-from sparsetrain.cli.grid import Grid, by_arm, difference, in_points, origin, write_between
-from sparsetrain.report import Interval, markdown_table, t_interval
+from sparsetrain.cli.grid import Grid, by_arm, difference, in_points, origin
+from sparsetrain.report import Interval, markdown_table, t_interval, write_between
 
 HERE = Path(__file__).parent
 SEEDS = (1, 2, 3, 4, 5)

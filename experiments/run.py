@@ -25,8 +25,7 @@ from rewinding import rewinding
 from soup import accuracy
 from tickets import tickets
 
-from sparsetrain.cli.grid import write_between
-from sparsetrain.report import markdown_table
+from sparsetrain.report import markdown_table, write_between
 
 MODULES = (rewinding, gradual, collapse, accuracy, nm_accuracy, gates_accuracy, defaults, tickets, language)
 STUDIES: dict[str, Study] = {study.name: study for module in MODULES for study in module.STUDIES}

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from sparsetrain.cli.grid import write_between
 from sparsetrain.models import resnet20
 from sparsetrain.report import cost
 
@@ -145,18 +144,6 @@ def test_published_medians_are_of_ten_densities_and_four_ways(rewinding):
     assert len(rows) == 40
     assert all(row["lowest"] <= row["median"] <= row["highest"] for row in rows)
     assert len(rewinding.reached((0.21, 0.107))) == 8
-
-
-def test_a_table_needs_a_place(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("<!-- a:begin -->\nold\n<!-- a:end -->\n<!-- b:begin -->\n")
-    write_between(readme, "a", "new")
-    kept = readme.read_text()
-    assert kept == "<!-- a:begin -->\nnew\n<!-- a:end -->\n<!-- b:begin -->\n"
-    for name in ("b", "c"):
-        with pytest.raises(ValueError, match=f"no <!-- {name}:begin -->"):
-            write_between(readme, name, "new")
-    assert readme.read_text() == kept
 
 
 def test_an_arm_is_best_for_its_cost_if_none_as_dense_is_better_and_cheaper(evidence, tmp_path):

@@ -21,12 +21,11 @@ import torch
 from sparsetrain import Ticket, load_masks
 from sparsetrain.cli.artifacts import git_state
 from sparsetrain.cli.train import compose, train
-from sparsetrain.report import Interval, draw_accuracy, markdown_table, paired, t_interval
+from sparsetrain.report import Interval, draw_accuracy, markdown_table, paired, t_interval, write_between
 
 HERE = Path(__file__).parent
 RESULTS, PICTURE = HERE / "results" / "digits_lottery.json", HERE / "accuracy.png"
 READMES = (HERE / "README.md", HERE.parents[1] / "README.md")
-BEGIN, END = "<!-- lottery:begin -->", "<!-- lottery:end -->"
 RUNS = Path("runs/digits_lottery")
 
 SEEDS = (1, 2, 3, 4, 5)
@@ -179,17 +178,12 @@ def write_report(results: Mapping[str, Any]) -> None:
     software = ", ".join(f"{name} {version}" for name, version in versions.items())
     facts = f"CPU, 1 thread a run; {software}; {results['date']}, commit {commit}."
     own, project = READMES
-    _replace(own, f"{tables(results)}\n\n{facts}")
+    write_between(own, "lottery", f"{tables(results)}\n\n{facts}")
     source = (
         "Made by `python experiments/digits_lottery/digits_lottery.py` from "
         "[its results](experiments/digits_lottery/results/digits_lottery.json)."
     )
-    _replace(project, f"{bars_table(results)}\n\n{facts} {source}")
-
-
-def _replace(path: Path, text: str) -> None:
-    before, _, rest = path.read_text().partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    write_between(project, "lottery", f"{bars_table(results)}\n\n{facts} {source}")
 
 
 def main() -> None:

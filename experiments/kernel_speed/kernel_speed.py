@@ -34,11 +34,11 @@ from torch import Tensor, nn
 import sparsetrain
 from sparsetrain.cli.artifacts import git_state
 from sparsetrain.ops import NMRule, convert, cusparselt, effective_layers, library, policy, search
+from sparsetrain.report import write_between
 from sparsetrain.selection import Selection
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
-BEGIN, END = "<!-- tables:begin -->", "<!-- tables:end -->"
 
 BDWP = NMRule(2, 4, backward="bidirectional")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -635,8 +635,7 @@ def load_results(folder: Path = RESULTS) -> list[dict[str, Any]]:
 
 
 def write_report() -> None:
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{tables(*load_results())}\n{END}{rest.partition(END)[2]}")
+    write_between(README, "tables", tables(*load_results()))
 
 
 def run(

@@ -49,7 +49,7 @@ from sparsetrain.cli.artifacts import git_state
 from sparsetrain.cli.checkpoints import AtomicCheckpointIO
 from sparsetrain.data import Digits
 from sparsetrain.models import CifarResNet, Classifier, Cosine, LeNet300100
-from sparsetrain.report import markdown_table
+from sparsetrain.report import markdown_table, write_between
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -603,9 +603,7 @@ def write_report(name: str) -> bool:
         f"{table(results)}\n\n"
         f"{results['date']}, commit {commit}; {results['device']}; {facts}; {results['total_s']:.0f} s in all."
     )
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, _, rest = README.read_text().partition(begin)
-    README.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}")
+    write_between(README, name, text)
     return bool(identical == len(kills))
 
 

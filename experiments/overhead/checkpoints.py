@@ -21,11 +21,10 @@ from torch.utils.data import DataLoader
 
 from sparsetrain import IterativeMagnitudePruning
 from sparsetrain.cli.artifacts import git_state
-from sparsetrain.report import markdown_table
+from sparsetrain.report import markdown_table, write_between
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "checkpoints.json", HERE / "README.md"
-BEGIN, END = "<!-- rounds:begin -->", "<!-- rounds:end -->"
 
 BAR = 2.0
 RECIPES: dict[str, dict[str, str]] = {
@@ -97,8 +96,7 @@ def main() -> None:
     if not parser.parse_args().report:
         RESULTS.write_text(json.dumps(measure(), indent=1) + "\n")
     results = json.loads(RESULTS.read_text())
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
+    write_between(README, "rounds", table(results))
 
 
 if __name__ == "__main__":

@@ -26,11 +26,10 @@ from torch.utils.data import DataLoader
 
 from sparsetrain import BidirectionalWeightPruning
 from sparsetrain.cli.artifacts import cpu_name, git_state
-from sparsetrain.report import markdown_table
+from sparsetrain.report import markdown_table, write_between
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "nm.json", HERE / "README.md"
-BEGIN, END = "<!-- nm:begin -->", "<!-- nm:end -->"
 
 BAR = 1.15
 MODEL, SIDE, BATCH = "vit_small_patch16_224", 224, 64
@@ -129,9 +128,7 @@ def main() -> None:
         return
     if not arguments.report:
         RESULTS.write_text(json.dumps(measure(quick=False), indent=1) + "\n")
-    before, _, rest = README.read_text().partition(BEGIN)
-    body = table(json.loads(RESULTS.read_text()))
-    README.write_text(f"{before}{BEGIN}\n{body}\n{END}{rest.partition(END)[2]}")
+    write_between(README, "nm", table(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

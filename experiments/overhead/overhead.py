@@ -37,11 +37,10 @@ from torch.utils.data import DataLoader
 
 from sparsetrain import GradualMagnitudePruning, Masks, OneShot
 from sparsetrain.cli.artifacts import cpu_name, git_state
-from sparsetrain.report import markdown_table
+from sparsetrain.report import markdown_table, write_between
 
 HERE = Path(__file__).parent
 RESULTS, READMES = HERE / "results" / "overhead.json", (HERE / "README.md", HERE.parents[1] / "README.md")
-BEGIN, END = "<!-- overhead:begin -->", "<!-- overhead:end -->"
 
 THREADS = 2
 SPARSITY = 0.8
@@ -472,15 +471,9 @@ def write_report(results: dict[str, Any]) -> None:
         "[experiments/overhead](experiments/overhead/README.md)."
     )
     own, project = READMES
-    _replace(
-        own, f"{facts}; load average before {results['load_before']:.2f}.\n\n{summary}\n\n{detail_tables(results)}"
-    )
-    _replace(project, f"{summary}\n\n{facts}. {source}")
-
-
-def _replace(path: Path, text: str) -> None:
-    before, _, rest = path.read_text().partition(BEGIN)
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    load = f"load average before {results['load_before']:.2f}"
+    write_between(own, "overhead", f"{facts}; {load}.\n\n{summary}\n\n{detail_tables(results)}")
+    write_between(project, "overhead", f"{summary}\n\n{facts}. {source}")
 
 
 def main() -> None:

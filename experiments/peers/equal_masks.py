@@ -23,9 +23,8 @@ from torch.nn.utils import prune as torch_prune
 
 from sparsetrain import NM, Channel, Global, Pruning, Uniform, prune
 from sparsetrain.cli.artifacts import git_state
-from sparsetrain.cli.grid import write_between
 from sparsetrain.models import LeNet300100
-from sparsetrain.report import markdown_table
+from sparsetrain.report import markdown_table, write_between
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # it says that torch.ao goes to another package

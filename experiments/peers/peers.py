@@ -43,12 +43,11 @@ from sparsetrain import (
 from sparsetrain.cli.artifacts import git_state
 from sparsetrain.data import Digits
 from sparsetrain.models import Classifier, LeNet300100
-from sparsetrain.report import markdown_table, paired
+from sparsetrain.report import markdown_table, paired, write_between
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "peers.json", HERE / "README.md"
 OVERHEAD = HERE.parent / "overhead" / "results" / "overhead.json"
-BEGIN, END = "<!-- peers:begin -->", "<!-- peers:end -->"
 
 SEEDS = (1, 2, 3, 4, 5)
 PER_ROUND, ROUNDS, ROUND_EPOCHS = 0.2, 10, 8
@@ -599,9 +598,7 @@ def write_report(results: dict[str, Any], costs: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     commit = results["git"]["commit"] if results["git"] else "none"
     facts = f"{results['date']}, commit {commit}; {results['device']}; {versions}; {results['total_s']:.0f} s in all."
-    before, _, rest = README.read_text().partition(BEGIN)
-    text = f"{tables(results, costs)}\n\n{facts}"
-    README.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    write_between(README, "peers", f"{tables(results, costs)}\n\n{facts}")
 
 
 def main() -> None:

@@ -27,10 +27,9 @@ from torch.utils.data import DataLoader
 
 from sparsetrain import PolarizationGating
 from sparsetrain.callbacks import LinearWeight
-from sparsetrain.cli.grid import write_between
 from sparsetrain.models import CifarResNet, LeNet300100
 from sparsetrain.models.timm import timm_model
-from sparsetrain.report import markdown_table
+from sparsetrain.report import markdown_table, write_between
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "gates_cost.json", HERE / "README.md"

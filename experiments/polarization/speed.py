@@ -32,10 +32,9 @@ from torch.fx.experimental.optimization import fuse
 from sparsetrain import Selection, export
 from sparsetrain.callbacks.gated import gated_layers
 from sparsetrain.cli.artifacts import cpu_name, git_state
-from sparsetrain.cli.grid import write_between
 from sparsetrain.models import CifarResNet
 from sparsetrain.models.timm import timm_model
-from sparsetrain.report import cost, markdown_table
+from sparsetrain.report import cost, markdown_table, write_between
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "speed.json", HERE / "README.md"

@@ -11,8 +11,8 @@ from typing import Any
 
 from evidence import Above, Found, Study, of_rounds
 
-from sparsetrain.cli.grid import by_arm, in_points, write_between
-from sparsetrain.report import SoupRound, draw_soups, markdown_table, paired
+from sparsetrain.cli.grid import by_arm, in_points
+from sparsetrain.report import SoupRound, draw_soups, markdown_table, paired, write_between
 
 DENSE, SOUP, ONE, LONGER, EQUAL = "dense", "soup of 3", "one network", "one, 3 times longer", "dense, 3 times longer"
 MEAN, BEST = "mean of its ingredients", "best ingredient on val"

@@ -32,9 +32,8 @@ from torch import Tensor
 
 from sparsetrain import load_masks, prune, save_masks, soups
 from sparsetrain.cli.artifacts import cpu_name, git_state
-from sparsetrain.cli.grid import write_between
 from sparsetrain.models.timm import timm_model
-from sparsetrain.report import markdown_table
+from sparsetrain.report import markdown_table, write_between
 from sparsetrain.soups.members import AT_ONCE
 
 HERE = Path(__file__).parent

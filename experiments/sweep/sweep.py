@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.cli.artifacts import MASKS, MODEL, cpu_name, git_state
-from sparsetrain.report import markdown_table
+from sparsetrain.report import markdown_table, write_between
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results" / "sweep.json", HERE / "README.md"
 RUNS = Path("runs/sweep")
-BEGIN, END = "<!-- sweep:begin -->", "<!-- sweep:end -->"
 SEEDS = tuple(range(1, 9))
 REPETITIONS = 3
 RECIPE = ("+experiment=digits_gmp", "trainer=cpu", "trainer.enable_progress_bar=false")
@@ -139,8 +138,7 @@ def main() -> None:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     results = json.loads(RESULTS.read_text())
-    before, _, rest = README.read_text().partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
+    write_between(README, "sweep", table(results))
     different = [name for name, way in results["ways"].items() if not way["identical"]]
     if different:
         raise SystemExit(f"Jobs of {different} left other weights or masks than one by one; see {RESULTS}.")

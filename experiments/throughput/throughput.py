@@ -29,10 +29,9 @@ import torch
 import torch.nn.functional as F
 
 from sparsetrain.cli.artifacts import cpu_name, git_state
-from sparsetrain.cli.grid import write_between
 from sparsetrain.cli.instantiate import instantiate
 from sparsetrain.cli.train import compose, make_parts, train
-from sparsetrain.report import markdown_table
+from sparsetrain.report import markdown_table, write_between
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"

@@ -156,20 +156,6 @@ def _device(device: Mapping[str, Any]) -> str:
     return f"{name}, {threads} thread{'s' * (threads > 1)} a run" if device["type"] == "cpu" else str(name)
 
 
-def write_between(readme: Path, name: str, body: str) -> None:
-    """Replace what stands between the markers `<!-- name:begin -->` and `<!-- name:end -->`.
-
-    Raises:
-        ValueError: one of them is missing; nothing is written.
-    """
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = readme.read_text().partition(begin)
-    _, closed, after = rest.partition(end)
-    if not (found and closed):
-        raise ValueError(f"{readme} has no {begin} ... {end}. Add both lines where the table shall stand.")
-    readme.write_text(f"{before}{begin}\n{body}\n{end}{after}")
-
-
 def _run(overrides: Sequence[str], folder: Path, device: str) -> None:
     """Make a run, or go on with it, unless its folder holds it whole."""
     torch.set_num_threads(1)

@@ -15,7 +15,14 @@ from sparsetrain.report.sweep import (
     sweep_table,
     write_sweep_csv,
 )
-from sparsetrain.report.tables import is_accuracy, markdown_table, plan_table, report_table, write_sparsity_csv
+from sparsetrain.report.tables import (
+    is_accuracy,
+    markdown_table,
+    plan_table,
+    report_table,
+    write_between,
+    write_sparsity_csv,
+)
 
 __all__ = [
     "Interval",
@@ -45,6 +52,7 @@ __all__ = [
     "sweep_table",
     "t_interval",
     "training_flops",
+    "write_between",
     "write_rounds_csv",
     "write_soups_csv",
     "write_sparsity_csv",

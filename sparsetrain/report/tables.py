@@ -100,6 +100,20 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def write_between(readme: Path, name: str, body: str) -> None:
+    """Replace what stands between the markers `<!-- name:begin -->` and `<!-- name:end -->`.
+
+    Raises:
+        ValueError: one of them is missing; nothing is written.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, found, rest = readme.read_text().partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"{readme} has no {begin} ... {end}. Add both lines where the table shall stand.")
+    readme.write_text(f"{before}{begin}\n{body}\n{end}{after}")
+
+
 def write_sparsity_csv(path: Path | str, plan: Sequence[PlanRow], history: Sequence[Update]) -> None:
     """Write one row per mask update and pruned tensor.
 

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from sparsetrain.cli import grid as module
-from sparsetrain.cli.grid import Grid, by_arm, difference, in_points, origin, write_between
+from sparsetrain.cli.grid import Grid, by_arm, difference, in_points, origin
 from sparsetrain.models import Classifier
 
 ALONE, FROM = "dense", "from it: 1"
@@ -163,12 +163,3 @@ def test_the_origin_names_each_commit_and_version_once():
     runs = [record("a", 1, 0.5, "f" * 40), record("a", 2, 0.5, "f" * 40), record("a", 3, 0.5)]
     runs = [run | {"device": device} for run, device in zip(runs, (cpu, cpu, gpu), strict=True)]
     assert origin({"runs": runs}) == "x, 1 thread a run; y; a 1; 2026-01-01, commit ffffffffff, none."
-
-
-def test_only_what_stands_between_the_markers_of_a_name_is_replaced(tmp_path):
-    readme = tmp_path / "README.md"
-    readme.write_text("x\n<!-- a:begin -->\nold\n<!-- a:end -->\ny\n<!-- b:begin -->\nkept\n<!-- b:end -->\n")
-    write_between(readme, "a", "new\nlines")
-    assert readme.read_text() == (
-        "x\n<!-- a:begin -->\nnew\nlines\n<!-- a:end -->\ny\n<!-- b:begin -->\nkept\n<!-- b:end -->\n"
-    )

@@ -5,7 +5,7 @@ import torch
 
 from sparsetrain.masks import Update
 from sparsetrain.models import LeNet300100
-from sparsetrain.report import markdown_table, measure, plan_table, report_table, write_sparsity_csv
+from sparsetrain.report import markdown_table, measure, plan_table, report_table, write_between, write_sparsity_csv
 from sparsetrain.selection import PlanRow
 
 PLAN = (
@@ -104,3 +104,15 @@ def test_a_run_without_updates_leaves_a_header_only(tmp_path):
     path.write_text("an older run\n")
     write_sparsity_csv(str(path), PLAN, [])
     assert path.read_text() == "step,layer,shape,numel,kept,target,actual,dropped,grown\n"
+
+
+def test_what_stands_between_the_markers_of_a_name_is_replaced_and_a_missing_marker_is_an_error(tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text("x\n<!-- a:begin -->\nold\n<!-- a:end -->\ny\n<!-- b:begin -->\n")
+    write_between(readme, "a", "new\nlines")
+    written = "x\n<!-- a:begin -->\nnew\nlines\n<!-- a:end -->\ny\n<!-- b:begin -->\n"
+    assert readme.read_text() == written
+    for name in ("b", "c"):
+        with pytest.raises(ValueError, match=f"has no <!-- {name}:begin -->.*Add both lines"):
+            write_between(readme, name, "new")
+    assert readme.read_text() == written

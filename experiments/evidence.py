@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from statistics import mean, median, stdev, variance
 from typing import Any, Literal
@@ -194,7 +195,8 @@ class Study:
         control: the arm that the table compares the others with.
         claims: what it says, most important first.
         stages: arms whose runs are made, seed by seed, before those of the next stage; all arms at once by default.
-        seeds: of each arm.
+        seeds: of each arm,
+        seeds_of: but for these: arm -> its seeds.
         facts: summary of a run, and its folder -> what is kept of it beside what `Grid` keeps.
     """
 
@@ -209,6 +211,7 @@ class Study:
     headline: str = ""
     stages: Sequence[Sequence[str]] = ()
     seeds: Sequence[int] = SEEDS
+    seeds_of: Mapping[str, Sequence[int]] = field(default_factory=dict)
     facts: Callable[[Mapping[str, Any], Path], Mapping[str, Any]] = field(default=lambda summary, folder: {})
 
     @property
@@ -230,8 +233,11 @@ class Study:
     @property
     def jobs(self) -> list[tuple[str, int]]:
         """All runs, in the order in which they are made."""
-        stages = self.stages or [[*self.arms]]
-        return [(arm, seed) for stage in stages for seed in self.seeds for arm in stage]
+        jobs = []
+        for stage in self.stages or [[*self.arms]]:
+            seeds = {arm: self.seeds_of.get(arm, self.seeds) for arm in stage}
+            jobs += [(arm, seed) for seed in sorted({*chain(*seeds.values())}) for arm in stage if seed in seeds[arm]]
+        return jobs
 
     @property
     def results(self) -> dict[str, Any]:

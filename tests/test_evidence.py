@@ -1,6 +1,7 @@
 """What a study claims is checked against its records: shown, refuted, or neither."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,13 @@ def test_one_is_above_the_other(evidence, accuracies, points, of, holds):
 )
 def test_both_are_alike(evidence, accuracies, holds):
     assert evidence.Alike("a", "b", 2.0).check(found(*accuracies)).holds == holds
+
+
+def test_runs_are_made_stage_by_stage_and_in_each_seed_by_seed(evidence):
+    study = evidence.Study("x/y", "", "", (), dict.fromkeys("abc", ()), "a", (), seeds=(1, 2))
+    assert study.jobs == [("a", 1), ("b", 1), ("c", 1), ("a", 2), ("b", 2), ("c", 2)]
+    staged = replace(study, stages=("ab", "c"), seeds_of={"a": (1, 2, 3)})
+    assert staged.jobs == [("a", 1), ("b", 1), ("a", 2), ("b", 2), ("a", 3), ("c", 1), ("c", 2)]
 
 
 def test_a_study_is_named_beside_its_first_claim(evidence):

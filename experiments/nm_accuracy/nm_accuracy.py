@@ -76,7 +76,8 @@ STUDIES = (
         control=DENSE,
         headline="nm",
         claims=(Above(BARRED, DENSE, -1.5), Above(DECAYED, DENSE, -1.5)),
-        stages=((DENSE, DECAYED), (BARRED,), ("SR-STE 2:4", "STE 2:4", "BDWP 2:8")),
+        stages=((DENSE, DECAYED), ("SR-STE 2:4", "STE 2:4", BARRED, "BDWP 2:8")),
+        seeds_of=dict.fromkeys((DENSE, DECAYED), range(1, 11)),
     ),
     Study(
         name="nm_accuracy/steps",

@@ -8,7 +8,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from statistics import mean, median, stdev, variance
 from typing import Any, Literal
@@ -195,8 +194,8 @@ class Study:
         control: the arm that the table compares the others with.
         claims: what it says, most important first.
         stages: arms whose runs are made, seed by seed, before those of the next stage; all arms at once by default.
-        seeds: of each arm,
-        seeds_of: but for these: arm -> its seeds.
+        seeds: of each arm that is not in `seeds_of`.
+        seeds_of: arm -> its seeds, where it has others.
         facts: summary of a run, and its folder -> what is kept of it beside what `Grid` keeps.
     """
 
@@ -236,7 +235,9 @@ class Study:
         jobs = []
         for stage in self.stages or [[*self.arms]]:
             seeds = {arm: self.seeds_of.get(arm, self.seeds) for arm in stage}
-            jobs += [(arm, seed) for seed in sorted({*chain(*seeds.values())}) for arm in stage if seed in seeds[arm]]
+            jobs += [
+                (arm, seed) for seed in sorted(set().union(*seeds.values())) for arm in stage if seed in seeds[arm]
+            ]
         return jobs
 
     @property

@@ -103,6 +103,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 def write_between(readme: Path, name: str, body: str) -> None:
     """Replace what stands between the markers `<!-- name:begin -->` and `<!-- name:end -->`.
 
+    Args:
+        readme: a Markdown file.
+        name: of the markers.
+        body: Markdown, such as `markdown_table` gives.
+
     Raises:
         ValueError: one of them is missing; nothing is written.
     """

@@ -126,7 +126,11 @@ class _File:
 
 @contextmanager
 def opened(members: Sequence[Member]) -> Iterator[list[_State | _File]]:
-    """The members as what can be read in parts; files are closed afterwards."""
+    """The members as what can be read in parts; files are closed afterwards.
+
+    Raises:
+        ValueError: no members, or a file that is no whole safetensors file.
+    """
     if not members:
         raise ValueError("A soup has at least one member; there is none.")
     sources: list[_State | _File] = []
@@ -141,7 +145,11 @@ def opened(members: Sequence[Member]) -> Iterator[list[_State | _File]]:
 
 
 def common_kinds(sources: Sequence[_State | _File]) -> dict[str, Kind]:
-    """Name -> shape and type, which all members share."""
+    """Name -> shape and type, which all members share.
+
+    Raises:
+        ValueError: they do not.
+    """
     first = sources[0]
     for source in sources[1:]:
         for name in [*first.kinds, *source.kinds]:
@@ -161,7 +169,16 @@ def _told(kind: Kind | None) -> str:
 def common_masks(
     masks: Sequence[MemberMasks], kinds: Mapping[str, Kind], labels: Sequence[str]
 ) -> Mapping[str, Tensor]:
-    """The masks that all members share; two of them are in memory at a time."""
+    """The masks that all members share; two of them are in memory at a time.
+
+    Args:
+        masks: of each member.
+        kinds: of the members' tensors.
+        labels: of the members, for errors.
+
+    Raises:
+        ValueError: they do not share them, or a mask fits no tensor.
+    """
     if len(masks) != len(labels):
         raise ValueError(f"There are {len(labels)} members and masks of {len(masks)}. Give those of each member.")
     first = _masks(masks[0])

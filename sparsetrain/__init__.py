@@ -17,7 +17,8 @@ from sparsetrain.callbacks import (
     masks_of,
 )
 from sparsetrain.criteria import Magnitude, Movement, Random, Saliency
-from sparsetrain.masks import Masks, Pruning, load_masks, prune, save_masks
+from sparsetrain.mask_files import load_masks, save_masks
+from sparsetrain.masks import Masks, Pruning, prune
 from sparsetrain.patterns import NM, Channel, TransposableNM, Unstructured
 from sparsetrain.retrain import AdaptiveLR, CyclicLR, LastLR, LinearLR, ReplayLR, ScaledLR
 from sparsetrain.schedules import Constant, Cubic, Linear, OneShot

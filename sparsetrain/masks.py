@@ -1,22 +1,18 @@
 """Masks: which weights are kept. One bool tensor per pruned parameter, True = kept, owned here and nowhere else."""
 
 import hashlib
-import json
 import math
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsetrain.allocation import Allocation, Candidates, Global
 from sparsetrain.criteria import Criterion, Magnitude
+from sparsetrain.mask_files import pack, unpack
 from sparsetrain.patterns import Pattern, Unstructured
 from sparsetrain.schedules import check_sparsity
 from sparsetrain.selection import PlanRow, Selection
@@ -357,17 +353,6 @@ def take(tensor: Tensor, places: Mapping[int, Sequence[int]]) -> Tensor:
     return tensor
 
 
-def pack(mask: Tensor) -> Tensor:
-    """A bool mask as bits: uint8 of ceil(n / 8), row-major, first weight in the highest bit; on the CPU."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
-
-
-def unpack(bits: Tensor, shape: torch.Size) -> Tensor:
-    """The bool mask of `shape` that `pack` packed."""
-    flat = torch.from_numpy(np.unpackbits(bits.numpy(), count=shape.numel()))
-    return flat.view(torch.bool).view(shape)
-
-
 def masks_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The masks that `Masks.state_dict` has packed: parameter name -> bool tensor, True = kept."""
     shapes = {name: torch.Size(shape) for name, shape in state["shapes"].items()}
@@ -376,26 +361,6 @@ def masks_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
         name: unpack(bits[name], shape) if name in bits else torch.ones(shape, dtype=torch.bool)
         for name, shape in shapes.items()
     }
-
-
-def save_masks(masks: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write bool masks to a safetensors file, 1 bit a weight; shapes are in its metadata."""
-    shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    save_file({name: pack(mask) for name, mask in masks.items()}, path, {"shapes": json.dumps(shapes)})
-
-
-def load_masks(path: str | Path) -> dict[str, Tensor]:
-    """Read what `save_masks` wrote.
-
-    Raises:
-        ValueError: a file without masks.
-    """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "shapes" not in metadata:
-            raise ValueError(f"{path} holds no masks. Write them with save_masks.")
-        shapes = json.loads(metadata["shapes"])
-        return {name: unpack(file.get_tensor(name), torch.Size(shape)) for name, shape in shapes.items()}
 
 
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:

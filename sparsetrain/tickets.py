@@ -9,7 +9,7 @@ from typing import Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsetrain.masks import load_masks, pack
+from sparsetrain.mask_files import load_masks, pack
 from sparsetrain.snapshot import Snapshot, write_tensors
 
 _WEIGHTS = "weights/"

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsetrain.criteria import Movement
-from sparsetrain.masks import Masks, Pruning, load_masks, pack, prune, save_masks, unpack
+from sparsetrain.mask_files import load_masks, pack, save_masks, unpack
+from sparsetrain.masks import Masks, Pruning, prune
 
 
 @pytest.mark.parametrize("size", [0, *range(1, 18), 1000])

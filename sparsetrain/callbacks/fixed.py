@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.callbacks.base import SparsityCallback
-from sparsetrain.masks import Masks, Pruning, load_masks, masks_in
+from sparsetrain.mask_files import load_masks
+from sparsetrain.masks import Masks, Pruning, masks_in
 from sparsetrain.selection import Selection
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsetrain import ops
 from sparsetrain.callbacks.trainer import callbacks_of
-from sparsetrain.masks import pack, unpack
+from sparsetrain.mask_files import pack, unpack
 
 
 def copies_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, nn.Module]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from sparsetrain import __version__
 from sparsetrain.callbacks import PolarizationGating, SparsityCallback
 from sparsetrain.callbacks.nm_training import NMTraining
-from sparsetrain.masks import Masks, Update, save_masks
+from sparsetrain.mask_files import save_masks
+from sparsetrain.masks import Masks, Update
 from sparsetrain.report import draw_gates, draw_sparsity, measure, report_table, write_sparsity_csv
 
 SUMMARY, CONFIG, MODEL = "summary.json", "config.yaml", "model.safetensors"

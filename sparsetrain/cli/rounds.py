@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsetrain import soups
 from sparsetrain.callbacks import IterativeMagnitudePruning, SparseModelSoup
 from sparsetrain.cli.artifacts import MASKS, MODEL, network_of, write_model
-from sparsetrain.masks import load_masks, save_masks
+from sparsetrain.mask_files import load_masks, save_masks
 from sparsetrain.report import (
     Round,
     SoupRound,

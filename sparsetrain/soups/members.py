@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparsetrain.masks import load_masks
+from sparsetrain.mask_files import load_masks
 
 Member = Mapping[str, Tensor] | str | Path
 """A state dict, or a safetensors file that holds one."""

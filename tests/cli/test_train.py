@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from sparsetrain.cli.train import main, train
 from sparsetrain.data import Synthetic
-from sparsetrain.masks import load_masks
+from sparsetrain.mask_files import load_masks
 from sparsetrain.models import Classifier, LeNet300100
 
 Config = Callable[..., DictConfig]

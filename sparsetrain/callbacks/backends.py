@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsetrain import ops
 from sparsetrain.ops import policy
+from sparsetrain.ops.layers import EffectiveLayer
 from sparsetrain.ops.policy import Decision
 
 
@@ -47,7 +48,8 @@ class BackendChoice:
         self._handles: list[RemovableHandle] = []
         layers = dict(ops.effective_layers(module))
         for name in trainer.strategy.broadcast(policy.to_time(module, backend, dtype)):
-            self._handles.append(layers[name].register_forward_pre_hook(partial(_note_tokens, self._tokens, name)))
+            note = partial(_note_tokens, self._tokens, name)
+            self._handles.append(layers[name].register_forward_pre_hook(note, with_kwargs=True))
         if not self._handles:
             self._decide(trainer, module)
 
@@ -70,7 +72,10 @@ class BackendChoice:
         rank_zero_info(f"Backends of the N:M layers:\n{policy.describe(self.decisions)}")
 
 
-def _note_tokens(tokens: dict[str, int], name: str, layer: ops.EffectiveLinear, arguments: tuple[Any, ...]) -> None:
+def _note_tokens(
+    tokens: dict[str, int], name: str, layer: EffectiveLayer, arguments: tuple[Any, ...], named: dict[str, Any]
+) -> None:
     """Remember the largest call, which is what a kernel sees: validation passes by, without gradients."""
     if torch.is_grad_enabled():
-        tokens[name] = max(tokens.get(name, 0), policy.tokens_of(layer, arguments[0]))
+        x = arguments[0] if arguments else named["input"]
+        tokens[name] = max(tokens.get(name, 0), policy.tokens_of(layer, x))

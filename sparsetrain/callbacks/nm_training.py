@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 from sparsetrain import ops
 from sparsetrain.callbacks.backends import BackendChoice
 from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.callbacks.calls import Calls
 from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
 from sparsetrain.callbacks.masters import add_pruned_, copies_of, pruned_of
 from sparsetrain.callbacks.trainer import callbacks_of, has_scaler, is_fast_dev_run, set_callbacks
 from sparsetrain.masks import Masks, Pruning
 from sparsetrain.ops import NMRule
-from sparsetrain.ops.layers import make_effective
+from sparsetrain.ops.layers import EffectiveLayer, make_effective
 from sparsetrain.ops.policy import Decision, check_backend
 from sparsetrain.selection import PlanRow, Selection
 from sparsetrain.steps import check_steps
@@ -45,6 +46,10 @@ class NMTraining(SparsityCallback):
     N:M weights, which no validation within the fit has seen. A monitored checkpoint keeps networks of the kind that is
     left: those of the tail, or those before it.
 
+    Effective weights are made once for an optimizer step, at the start of the next batch. Whatever writes weights
+    before that, in hooks of the module or other callbacks, is seen. Writing into the tensors of a `state_dict` is not:
+    those of these layers are copies, so averages have to go through `parameters()`.
+
     Args:
         rule: the effective weights of a layer.
         decay: SR-STE's: added to the gradient as decay * (1 - mask) * weight, once per optimizer step, after unscaling
@@ -61,9 +66,11 @@ class NMTraining(SparsityCallback):
     regrow = True
 
     _rows: tuple[PlanRow, ...]
-    _layers: dict[str, ops.EffectiveLinear | ops.EffectiveConv2d]
-    _holders: list[tuple[str, ops.EffectiveLinear | ops.EffectiveConv2d]]
-    _shadow: dict[str, Any]
+    _layers: dict[str, EffectiveLayer]
+    _trained: list[EffectiveLayer]
+    _holders: list[tuple[str, EffectiveLayer]]
+    _shadow: Mapping[str, Any]
+    _loaded: Mapping[str, Any]
     _handles: list[RemovableHandle]
     _replaced: list[tuple[L.LightningModule, str, Any]]
     _every: int
@@ -71,6 +78,8 @@ class NMTraining(SparsityCallback):
     _dtype: torch.dtype | None
     _dense: tuple[nn.Module, ...]
     _choice: BackendChoice | None
+    _calls: Calls | None
+    _first_step: int
 
     def __init__(
         self,
@@ -180,6 +189,13 @@ class NMTraining(SparsityCallback):
         else:
             self._convert(pl_module)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._loaded = state_dict.get("shadow", {})
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._calls = Calls(pl_module)
+
     def take_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._bind(pl_module)
         self._check_owner(trainer)
@@ -187,7 +203,8 @@ class NMTraining(SparsityCallback):
         copies = copies_of(trainer, pl_module)
         if self._restored is not None:
             self._restore(self._restored)
-            self._restore_masters(self._restored.get("shadow", {}), copies)
+        self._restore_masters(self._loaded, copies)
+        self._loaded, self._first_step = {}, self.step
         if self._until is not None and self.step >= self._until:
             self._make_dense(trainer, pl_module)
             return
@@ -205,15 +222,39 @@ class NMTraining(SparsityCallback):
         self.apply()
 
     def apply(self) -> None:
-        """Make the effective weights of the present master."""
+        """Let no product use what was made of the weights before: until `make_weights`, each makes them anew."""
         for layer in self._layers.values():
-            layer.refresh_(self._dtype)
+            layer.forget()
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        pass  # gradients are dense
+    def make_weights(self) -> None:
+        """Make the effective weights of the present master, where they are not made.
+
+        Layers that no optimizer holds, such as those of a momentum encoder, may be written at any moment without a
+        notice: their products make them each time.
+        """
+        for layer in self._trained:
+            if layer.stale:
+                layer.refresh_(self._dtype)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
+        self.make_weights()
+
+    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
+        self.make_weights()
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.apply()  # weight averaging has put the master back
+        self.apply()  # weight averaging puts the master back
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
+        if self._calls is not None:  # gradients are left alone: they are dense
+            self._calls.check(trainer, self._layers)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.step > self._first_step:
+            self._decide(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key)
@@ -236,7 +277,7 @@ class NMTraining(SparsityCallback):
         self._shadow = self._masters(trainer, pl_module)  # for those that save after this
         if folded := ops.fold(pl_module):
             self.masks.replace(folded, "The final masks")
-        self._layers = {}
+        self._layers, self._trained = {}, []
         self._detach()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -245,7 +286,7 @@ class NMTraining(SparsityCallback):
         self._bind(pl_module)  # resumed from the end of the run: nothing was left to train
         if self._restored is not None:
             self._restore(self._restored)
-            self._shadow = self._restored.get("shadow", {})
+            self._shadow = self._loaded
             if not self.masks.sparse_names():  # saved in the dense tail
                 self._make_dense(trainer, pl_module)
                 self.on_train_end(trainer, pl_module)
@@ -255,21 +296,21 @@ class NMTraining(SparsityCallback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         # Lightning's tuner ends a fit by this alone, having loaded what it saved before the first step.
         if next(ops.effective_layers(pl_module), None) is not None:
-            if self._restored is not None:
-                add_pruned_(pl_module, self._restored.get("shadow", {}).get("", {}))
+            add_pruned_(pl_module, self._loaded.get("", {}))
             self.undo(pl_module)
         super().teardown(trainer, pl_module, stage)
 
     def undo(self, pl_module: L.LightningModule) -> None:
         """Make the layers the plain ones that they were; the master stays."""
-        self._layers = {}
+        self._layers, self._trained = {}, []
         ops.unconvert(pl_module)
 
     def _begin(self) -> None:
         super()._begin()
-        self._rows, self._layers, self._handles, self._replaced = (), {}, [], []
-        self._every, self._until, self._dtype = 1, None, None
-        self._holders, self._shadow, self._dense, self._choice = [], {}, (), None
+        self._rows, self._layers, self._trained, self._holders, self._dense = (), {}, [], [], ()
+        self._handles, self._replaced, self._choice, self._calls = [], [], None, None
+        self._every, self._until, self._dtype, self._first_step = 1, None, None, 0
+        self._shadow, self._loaded = {}, {}
 
     def _bind(self, pl_module: L.LightningModule) -> None:
         self._layers = {f"{name}.weight": layer for name, layer in ops.effective_layers(pl_module)}
@@ -301,9 +342,11 @@ class NMTraining(SparsityCallback):
 
     def _make_dense(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the dense tail: make plain layers of the module's, and of those of its averages."""
+        if self._choice is not None:
+            self._choice.detach()
         modules = copies_of(trainer, pl_module).values()
         self._dense = tuple(layer for module in modules for layer in ops.unconvert(module))
-        self._layers, self._holders = {}, []
+        self._layers, self._trained, self._holders = {}, [], []
         whole = {name: torch.ones_like(mask) for name, mask in self.masks.items()}
         self.masks.replace(whole, "The masks of the dense tail")
 
@@ -311,10 +354,11 @@ class NMTraining(SparsityCallback):
         self._rows = ops.convert(pl_module, self.rule, where=self.where)
 
     def _follow(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count steps, make effective weights after each, and add the decay before."""
+        """Count steps, take note that weights have moved, and add the decay before."""
         for optimizer in trainer.optimizers:
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            if any(id(layer.weight) in held for layer in self._layers.values()):
+            if trained := [layer for layer in self._layers.values() if id(layer.weight) in held]:
+                self._trained += trained
                 counts = not self._handles
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step))
                 self._handles.append(
@@ -344,8 +388,6 @@ class NMTraining(SparsityCallback):
         return arguments, settings | {"closure": renewed}
 
     def _after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, counts: bool, *arguments: object) -> None:
-        if self._choice is not None:
-            self._choice.after_step(trainer, pl_module)
         if counts:
             self._count_step()
             if self.step == self._until:
@@ -356,6 +398,13 @@ class NMTraining(SparsityCallback):
                 self.read_masks()
                 self._hold()
         self.apply()
+
+    def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Do what waited for a batch with an optimizer step."""
+        if self._choice is not None:
+            self._choice.after_step(trainer, pl_module)
+        if self._calls is not None:
+            self._calls.detach()
 
     def _begin_tail(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._make_dense(trainer, pl_module)
@@ -391,8 +440,9 @@ class NMTraining(SparsityCallback):
 
     def _detach(self) -> None:
         super()._detach()
-        if self._choice is not None:
-            self._choice.detach()
+        for watch in (self._choice, self._calls):
+            if watch is not None:
+                watch.detach()
         for handle in self._handles:
             handle.remove()
         self._handles, self._holders = [], []

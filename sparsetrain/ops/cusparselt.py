@@ -111,7 +111,9 @@ def matmul(compressed: Tensor, x: Tensor, bias: Tensor | None, *, algorithm: int
         )
     if tokens == 0:
         return x.new_empty(0, compressed.shape[0])
-    x = F.pad(x, (0, 0, 0, -tokens % _TOKENS)).contiguous()
+    if tokens % _TOKENS:  # `pad` copies, also where there is nothing to add
+        x = F.pad(x, (0, 0, 0, -tokens % _TOKENS))
+    x = x.contiguous()
     if x.data_ptr() % _POINTER:
         x = x.clone()
     if bias is not None:

@@ -14,7 +14,7 @@ from sparsetrain.ops import autograd, cusparselt, library
 from sparsetrain.ops.rules import NMRule
 from sparsetrain.selection import PlanRow, Selection
 
-_OWN = ("rule", "backend", "_cached", "_held", "_compressed")  # attributes that conversion adds
+_OWN = ("rule", "backend", "_held", "_cached", "_compressed", "_fresh", "_seen")  # attributes that conversion adds
 
 
 class _Effective(nn.Module):
@@ -22,10 +22,12 @@ class _Effective(nn.Module):
 
     weight: Tensor
     rule: NMRule
-    _cached: tuple[Tensor, Tensor] | None  # plain attributes: never in the state dict, copied by deepcopy and pickle
-    _held: Tensor | None
-    _compressed: tuple[Tensor, Tensor] | None
     backend: Literal["reference", "cusparselt"]  # set by `policy.choose`
+    _held: Tensor | None  # plain attributes: never in the state dict
+    _cached: tuple[Tensor, Tensor] | None
+    _compressed: tuple[Tensor, Tensor] | None
+    _fresh: bool  # whether forwards use the cache
+    _seen: int  # the weight's version when the cache was made; compiled forwards must not read it
 
     @property
     def mask(self) -> Tensor:
@@ -37,17 +39,17 @@ class _Effective(nn.Module):
 
         They come from the cache if `refresh_` has filled it for that dtype and device, else from the present weights.
         """
-        dtype, cached = autograd.compute_dtype(self.weight), self._cached
-        if cached is not None and cached[0].dtype == dtype and cached[0].device == self.weight.device:
-            return cached
+        dtype = autograd.compute_dtype(self.weight)
+        if self._fresh and self._cached is not None and self._is_for(dtype, self._cached[0]):
+            return self._cached
         return self.rule.weights(self.weight, dtype, mask=self._held)
 
     def refresh_(self, dtype: torch.dtype | None = None) -> None:
         """Compute the effective weights now; every forward uses them until the next `refresh_` or `forget`.
 
-        Call it after each change of the weight: nothing here notices one. The cache keeps its storage as long as dtype,
-        device and shape stay, so compiled graphs remain valid; a graph whose backward has yet to run is then refused by
-        autograd ("modified by an inplace operation").
+        Call it after each change of the weight: a forward does not notice one. The cache keeps its storage as long as
+        dtype, device and shape stay, so compiled graphs remain valid; a graph whose backward has yet to run is then
+        refused by autograd ("modified by an inplace operation").
 
         Args:
             dtype: the compute dtype, as bfloat16 under autocast; None: the weight's own.
@@ -55,6 +57,7 @@ class _Effective(nn.Module):
         # Lightning validates in inference mode; tensors made there could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             dtype = dtype or self.weight.dtype
+            self._fresh, self._seen = True, self.weight._version
             if self.runs_sparse(dtype):
                 new, self._cached = self._compress(dtype), None
                 if self._compressed is None or any(map(_differ, self._compressed, new)):
@@ -63,10 +66,16 @@ class _Effective(nn.Module):
                     if old is not value:
                         old.copy_(value)
                 return
+            self._compressed = None
             if self._cached is None or not _fits(self._cached[0], self.weight, dtype):
                 forward = torch.empty_like(self.weight, dtype=dtype)
                 self._cached = (forward, forward if self.rule.one_mask else torch.empty_like(forward))
             self.rule.write_(*self._cached, self.weight, mask=self._held)
+
+    @property
+    def stale(self) -> bool:
+        """Whether `refresh_` is due: after `forget`, or because the weight has been written in place since."""
+        return not self._fresh or self._seen != self.weight._version
 
     def add_decay_(self, decay: float) -> None:
         """Add decay * (1 - mask) * weight to the weight's gradient, which there must be (SR-STE)."""
@@ -80,7 +89,7 @@ class _Effective(nn.Module):
         That is without a cache, with one in float16, which rounds small weights to 0, and on a GPU, where one kernel
         ranks the weights as it adds the decay.
         """
-        if self._cached is None or self.weight.is_cuda:
+        if self._cached is None or not self._fresh or self.weight.is_cuda:
             return None
         forward = self._cached[0]
         return forward != 0 if forward.dtype in (self.weight.dtype, torch.bfloat16) else None
@@ -96,9 +105,16 @@ class _Effective(nn.Module):
         super()._load_from_state_dict(*arguments, **settings)
         self.forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cache out of copies, whose weights go their own way."""
+        return self.__dict__ | {"_cached": None, "_compressed": None, "_fresh": False}
+
     def forget(self) -> None:
-        """Drop the cache: each forward computes the effective weights again."""
-        self._cached = self._compressed = None
+        """Use the cache no more: each forward computes the effective weights again, until the next `refresh_`."""
+        self._fresh = False
+
+    def _is_for(self, dtype: torch.dtype, cached: Tensor) -> bool:
+        return cached.dtype == dtype and cached.device == self.weight.device
 
     def runs_sparse(self, dtype: torch.dtype) -> bool:
         """Whether the products in `dtype` are those of sparse kernels."""
@@ -119,7 +135,7 @@ class _Effective(nn.Module):
     def _sparse_product(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The product of x [..., in] by sparse kernels, from the cache if it is of this dtype."""
         operands = self._compressed
-        if operands is None or operands[0].dtype != dtype or operands[0].device != self.weight.device:
+        if not self._fresh or operands is None or not self._is_for(dtype, operands[0]):
             operands = self._compress(dtype)
         return autograd.sparse_linear(x, self.weight, bias, *operands, sparse_backward=self.rule.backward != "dense")
 
@@ -238,7 +254,8 @@ def make_effective(layers: Iterable[Any], rule: NMRule) -> None:
     for layer in layers:  # of any type to type checkers, for their class changes
         layer.__class__ = _EFFECTIVE[type(layer)]
         layer.rule, layer.backend = rule, "reference"
-        layer._cached = layer._held = layer._compressed = None
+        layer._held = layer._cached = layer._compressed = None
+        layer._fresh, layer._seen = False, 0
 
 
 def effective_layers(module: nn.Module) -> Iterator[tuple[str, EffectiveLayer]]:

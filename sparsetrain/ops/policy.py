@@ -164,8 +164,11 @@ def _decide(
     if not tokens:
         return Decision(name, "reference", "not called in the first step")
     shape = (*layer.weight.shape[:2], tokens)
-    if shape not in times:
-        times[shape] = _time_us(layer, tokens, dtype)
+    try:
+        if shape not in times:
+            times[shape] = _time_us(layer, tokens, dtype)
+    except RuntimeError as error:
+        return Decision(name, "reference", f"its 2:4 kernels failed at {tokens} tokens: {error}")
     dense_us, sparse_us = times[shape]
     gain = dense_us / sparse_us
     text = f"{gain:.2f} times as fast as dense at {tokens} tokens"

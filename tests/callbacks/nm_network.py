@@ -123,17 +123,14 @@ class Master(L.Callback):
 
 
 class MasterAtStart(L.Callback):
-    """The dense master and the average's, with which training begins."""
+    """The dense master and the average's, with which training begins, and what the first forward has used."""
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         if not hasattr(self, "master"):
             self.master = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
             averaged = [c._average_model for c in trainer.callbacks if isinstance(c, EMAWeightAveraging)]
             self.average = {name: p.detach().clone() for a in averaged for name, p in a.named_parameters()}
-            self.used = {n: [t.clone() for t in layer.effective()] for n, layer in ops.effective_layers(pl_module)}
-            self.cached = all(layer._cached is not None for _, layer in ops.effective_layers(pl_module))
+            self.used = {n: [t.clone() for t in layer._cached] for n, layer in ops.effective_layers(pl_module)}
 
 
 class SaveOnce(L.Callback):

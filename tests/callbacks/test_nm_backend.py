@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor, nn
 
 from sparsetrain import Selection, ops
-from sparsetrain.callbacks.backends import BackendChoice
+from sparsetrain.callbacks.backends import BackendChoice, _note_tokens
 from sparsetrain.ops import cusparselt, library, policy
 from sparsetrain.ops.policy import Decision
 
@@ -130,27 +130,28 @@ def test_weights_are_compressed_once_per_optimizer_step(monkeypatch, as_if_spars
     count = Count(monkeypatch, "compress")
     train(Regression(Net()), data(9), BDWP(backend="cusparselt"), count, accumulate_grad_batches=3, **BF16)
     both = 2 * 3  # directions, layers
-    assert [after - before for before, after in itertools.pairwise(count.by_batch)] == [0, 0, both] * 2 + [0, 0]
+    assert [after - before for before, after in itertools.pairwise(count.by_batch)] == [both, 0, 0] * 2 + [both, 0]
 
 
 class Present(L.Callback):
-    """Asserts before each batch that what the kernels multiply follows from the present master."""
+    """Asserts after each forward that what the kernels multiply follows from the present master."""
 
     def __init__(self) -> None:
         self.looked = 0
 
     def look(self, pl_module: L.LightningModule) -> None:
         for _, layer in ops.effective_layers(pl_module):
+            assert layer._fresh
             weight = layer.weight.detach().flatten(1)
             forward, backward = ops.NMRule(2, 4, backward="bidirectional").weights(weight, torch.bfloat16)
             for made, expected in zip(layer._compressed, (forward, backward.t()), strict=True):
                 assert torch.equal(made, expected)
                 self.looked += 1
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.look(pl_module)
 
-    def on_validation_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.look(pl_module)
 
 
@@ -174,13 +175,17 @@ def test_it_resumes_bit_identically_on_kernels_and_from_them_into_a_dense_tail(t
 
 
 class Hooks(L.Callback):
-    """How many hooks the layers have before each batch."""
+    """How many hooks note tokens before each batch, and how many hooks layers have after the last one."""
 
     def __init__(self) -> None:
         self.found: list[int] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        self.found.append(sum(len(layer._forward_pre_hooks) for layer in pl_module.modules()))
+        hooks = [hook for layer in pl_module.modules() for hook in layer._forward_pre_hooks.values()]
+        self.found.append(sum(hook.func is _note_tokens for hook in hooks))
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert not any(layer._forward_pre_hooks for layer in pl_module.modules())
 
 
 def printed(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -214,6 +219,17 @@ def test_auto_decides_after_the_first_step_by_the_tokens_of_the_largest_call(as_
     assert [str(decision) for decision in callback.decisions] == printed(caplog)
     assert [logged["sparsity/layers_on_kernels"] for logged in metrics.logged] == [0, 1, 1, 1, 1, 1]
     assert is_n_of_m(module.net[2].weight)
+
+
+def test_an_input_that_is_given_by_its_name_is_counted(as_if_sparse, timings):
+    class ByName(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self:
+                x = layer(input=x)
+            return x
+
+    train(Regression(ByName()), data(1), BDWP(), **BF16)
+    assert timings == [((16, 16, 1, 1), 6 * 2 * 2), ((32, 64), 6), ((32, 32), 6)]
 
 
 def test_validation_before_the_first_step_is_not_counted(as_if_sparse, timings):
@@ -317,7 +333,7 @@ def test_compiled_layers_follow_the_decision_and_the_switch_to_a_dense_tail(monk
         count = Count(monkeypatch, "compress")
         callback = BDWP(decay=0.01, sparse_until=3, final="dense")
         train(module, data(5), callback, record, count, **BF16)
-        assert count.by_batch == [0, 2, 4, 4, 4]  # the convolution's, after the first two steps
+        assert count.by_batch == [0, 0, 2, 4, 4]  # the convolution's, in the two batches before the tail
         assert [decision.backend for decision in callback.decisions] == ["cusparselt", *["reference"] * 3]
         return record.masters
 

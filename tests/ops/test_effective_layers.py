@@ -229,12 +229,15 @@ def test_the_cache_serves_until_it_is_refreshed_in_place_or_forgotten(backward):
     with torch.no_grad():
         layer.weight.copy_(torch.randn(8, 8))
     assert torch.equal(layer(x), old)
+    assert layer.stale
     layer.refresh_()
+    assert not layer.stale
     new = layer(x)
     assert [tensor.data_ptr() for tensor in layer.effective()] == pointers
     assert (tensors[0] is tensors[1]) == (backward != "bidirectional")
     assert not torch.equal(new, old)
     layer.forget()
+    assert layer.stale
     assert torch.equal(layer(x), new)
     assert all(torch.equal(a, b) for a, b in zip(layer.effective(), tensors, strict=True))
 

@@ -155,10 +155,28 @@ def test_sparse_products_on_a_gpu_are_near_those_in_float64(tokens, dtype):
             assert (actual.detach().cpu().double() - e).norm() <= 1e-2 * e.norm()
 
 
+@pytest.mark.parametrize(("tokens", "copied"), [(16, False), (13, True)])
+def test_kernels_read_the_input_itself_unless_it_has_to_be_filled_up(monkeypatch, tokens, copied):
+    read = []
+
+    def multiply(compressed, x_t, **settings):
+        read.append(x_t)
+        return x_t.new_zeros(x_t.shape[1], len(compressed))
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply, raising=False)
+    x = torch.randn(tokens, 32, dtype=torch.bfloat16)
+    y = cusparselt.matmul(x.new_zeros(16, 18), x, None)
+    assert y.shape == (tokens, 16)
+    assert read[0].shape == (32, 16)
+    assert torch.equal(read[0][:, :tokens], x.t())
+    assert (read[0].data_ptr() != x.data_ptr()) == copied
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(REASON is not None, reason=str(REASON))
-def test_the_identity_comes_back_from_a_compressed_weight():
-    pruned = library.prune(torch.randn(64, 128, device="cuda"), 2, 4, torch.bfloat16)
+@pytest.mark.parametrize("shape", [(64, 128), (16, 16), (16, 96), (80, 64), (64, 80), (112, 672), (96, 240)])
+def test_the_identity_comes_back_from_a_compressed_weight(shape):
+    pruned = library.prune(torch.randn(shape, device="cuda"), 2, 4, torch.bfloat16)
     pruned[0] = 0
-    eye = torch.eye(128, device="cuda", dtype=torch.bfloat16)
+    eye = torch.eye(shape[1], device="cuda", dtype=torch.bfloat16)
     assert torch.equal(library.spmm(library.compress(pruned), eye, None), pruned.t())

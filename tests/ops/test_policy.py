@@ -86,6 +86,20 @@ def test_auto_takes_sparse_only_if_it_is_more_than_five_percent_faster(as_if_spa
     assert module.backend == "reference"
 
 
+def test_a_layer_whose_kernels_fail_stays_on_the_reference_and_says_so(as_if_sparse, monkeypatch):
+    def time_us(layer, tokens, dtype):
+        if layer.in_features == 48:
+            raise RuntimeError("no kernel for this size")
+        return 100.0, 50.0
+
+    monkeypatch.setattr(policy, "_time_us", time_us)
+    module = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 16))
+    convert(module, NMRule(2, 4))
+    decisions = decide(module, "auto")
+    assert [decision.backend for decision in decisions] == ["cusparselt", "reference"]
+    assert decisions[1].reason == "its 2:4 kernels failed at 64 tokens: no kernel for this size"
+
+
 def test_layers_of_one_shape_and_tokens_are_timed_once_and_those_without_tokens_not_at_all(as_if_sparse, monkeypatch):
     timed = []
 
@@ -152,8 +166,7 @@ def operands(layer):
 def test_what_kernels_multiply_follows_refreshes_held_masks_loading_and_copies(as_if_sparse, make, backward):
     def used():
         """What the next products multiply, if they run in bfloat16; on a CPU it is not compressed."""
-        kept = layer._compressed
-        return layer._compress(torch.bfloat16) if kept is None else kept
+        return layer._compressed if layer._fresh else layer._compress(torch.bfloat16)
 
     def is_present():
         return all(torch.equal(a, b) for a, b in zip(used(), operands(layer), strict=True))
@@ -161,7 +174,7 @@ def test_what_kernels_multiply_follows_refreshes_held_masks_loading_and_copies(a
     layer = make()
     convert(layer, NMRule(2, 4, backward=backward))
     decide(layer, "cusparselt")
-    assert layer._compressed is None  # a choice forgets
+    assert layer.stale  # a choice forgets
     layer.refresh_(torch.bfloat16)
     first = layer._compressed
     layer.weight.data.normal_()
@@ -181,6 +194,7 @@ def test_what_kernels_multiply_follows_refreshes_held_masks_loading_and_copies(a
         layer.refresh_(torch.bfloat16)
     twin = copy.deepcopy(layer)
     twin.weight.data.normal_()
+    assert twin.stale
     twin.refresh_(torch.bfloat16)
     assert is_present()
     assert twin.backend == "cusparselt"
@@ -189,7 +203,7 @@ def test_what_kernels_multiply_follows_refreshes_held_masks_loading_and_copies(a
     layer.refresh_(torch.bfloat16)
     assert is_present()
     unconvert(layer)
-    assert not {"rule", "backend", "_cached", "_held", "_compressed"} & set(vars(layer))
+    assert vars(layer).keys() == vars(make()).keys()
 
 
 @pytest.mark.parametrize("backward", ["dense", "bidirectional", "transposable"])

@@ -1,7 +1,7 @@
 """metrics.csv: every logged metric of a run, complete and without repeats also when the run was resumed."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ class MetricsCSV(Logger):
 
         Args:
             earlier: metrics.csv of the run that is resumed; it may be this file. None of its rows if it is not there.
-            steps: rows of step `steps` and later are left out: this run logs them again.
+            steps: rows of step `steps` and later are left out: this run logs them again. Rows of another count, such
+                as the epoch, or of none belong to those around them; of none, just before those left out, to these.
         """
         if earlier.exists():
             columns, rows = _read(earlier)
-            self._write(columns, [row for row in rows if int(row["step"]) < steps])
+            self._write(columns, rows[: _count_before(steps, rows)])
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -78,6 +79,15 @@ class MetricsCSV(Logger):
             writer.writerows(rows)
         temporary.replace(self.path)
         self._columns = columns
+
+
+def _count_before(steps: int, rows: Sequence[Mapping[str, str]]) -> int:
+    """How many rows, which are in the order of time, were logged in the first `steps` optimizer steps."""
+    numbered = [(float(row["step"]), place) for place, row in enumerate(rows) if row["step"]]
+    # Of the steps before, the highest is the optimizer's; those that are epochs are lower, and may be of a later time.
+    last = max((one for one in numbered if one[0] < steps), key=lambda one: one[0], default=(0.0, -1))[1]
+    end = next((place for step, place in numbered if step >= steps and place > last), len(rows))
+    return max((place + 1 for _, place in numbered if place < end), default=0)
 
 
 def _writer(file: Any, columns: list[str]) -> "csv.DictWriter[str]":

@@ -13,7 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
 from omegaconf import OmegaConf
 
-from sparsetrain.cli.artifacts import SUMMARY
+from sparsetrain.cli import rounds
+from sparsetrain.cli.artifacts import CONFIG, SUMMARY
 from sparsetrain.report import (
     Run,
     Sweep,
@@ -26,8 +27,9 @@ from sparsetrain.report import (
 )
 
 TABLE, PICTURE = "sweep.csv", "sweep.png"
-_OVERRIDES, _CONFIG, _SWEEP = ".hydra/overrides.yaml", ".hydra/config.yaml", "multirun.yaml"  # Hydra writes them
+_OVERRIDES, _BEGUN_WITH, _SWEEP = ".hydra/overrides.yaml", ".hydra/config.yaml", "multirun.yaml"  # Hydra writes them
 _CHECKPOINT = "checkpoints/last.ckpt"
+_TARGETS = ("sparsity", "initial", "final")  # of a schedule
 
 
 def main() -> None:
@@ -88,11 +90,18 @@ def report(folder: Path, metric: str | None = None) -> str:
 
 
 def find_runs(folder: Path) -> list[Run]:
-    """What was begun below `folder`, and what Hydra's own sweeper was to begin, in the order of the jobs."""
+    """What was begun below `folder`, and what Hydra's own sweeper was to begin, in the order of the jobs.
+
+    A soup of `sparsetrain-soup` is one run: those that trained its ingredients are part of it.
+    """
+    places = folder.rglob(f"{rounds.FOLDER}/*/{rounds.INGREDIENTS}")
+    ingredients = {path for path in places if (path.parents[2] / CONFIG).exists()}
     begun = {path.parent for path in folder.rglob(SUMMARY)} | {path.parents[1] for path in folder.rglob(_OVERRIDES)}
-    runs = [_read(path, folder) for path in begun]
+    begun |= {path.parents[2] for path in ingredients}
+    runs = [_read(path, folder) for path in begun if ingredients.isdisjoint(path.parents)]
     known = {run.sample for run in runs}
-    runs += [run for path in folder.rglob(_SWEEP) for run in _planned(path, folder) if run.sample not in known]
+    sweeps = [path for path in folder.rglob(_SWEEP) if ingredients.isdisjoint(path.parents)]
+    runs += [run for path in sweeps for run in _planned(path, folder) if run.sample not in known]
     return sorted(runs, key=lambda run: [(part.isdigit(), part.zfill(20), part) for part in Path(run.folder).parts])
 
 
@@ -101,10 +110,11 @@ def _read(path: Path, root: Path) -> Run:
     name = str(path.relative_to(root))
     if not (path / SUMMARY).exists():
         resume = f"; ckpt_path={path / _CHECKPOINT} resumes it" if (path / _CHECKPOINT).exists() else ""
+        by_hydra = (path / _OVERRIDES).exists()  # not by sparsetrain-soup, which writes its overrides at its end
         return Run(
             name,
-            _values([str(override) for override in OmegaConf.load(path / _OVERRIDES)]),
-            OmegaConf.load(path / _CONFIG).seed,
+            _values([str(override) for override in OmegaConf.load(path / _OVERRIDES)] if by_hydra else []),
+            OmegaConf.load(path / (_BEGUN_WITH if by_hydra else CONFIG)).seed,
             problem=f"its training has not ended: it failed, was killed or still runs{resume}",
         )
     try:
@@ -114,7 +124,7 @@ def _read(path: Path, root: Path) -> Run:
         return Run(name, {}, None, problem=f"its {SUMMARY} is damaged, or not of `train`")
     if overrides is None:
         return Run(name, {}, None, problem="it was started by Python code, which leaves no overrides to sort it by")
-    return Run(name, _values(overrides), seed, sparsity, _metrics(summary), _problem(summary))
+    return Run(name, _values(overrides), seed, sparsity, _metrics(summary), _problem(summary), _prunes(path / CONFIG))
 
 
 def _metrics(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -126,6 +136,23 @@ def _problem(summary: Mapping[str, Any]) -> str | None:
         return "it was trained, but its test has not ended: it failed, was killed or still runs"
     bad = [f"{name} is {value}" for name, value in _metrics(summary).items() if not math.isfinite(value)]
     return f"it diverged: {', '.join(bad)}" if bad else None
+
+
+def _prunes(config: Path) -> bool:
+    """Whether a run's method aims at zeros at any time; so does one that names no sparsity, such as of N:M layers.
+
+    True if there is no configuration to tell it by.
+    """
+    if not config.exists():
+        return True
+    cfg: Any = OmegaConf.to_container(OmegaConf.load(config))
+    method = cfg.get("method", {})
+    if method is None:
+        return False
+    schedule = method.get("schedule") or {}
+    named = [method.get("sparsity"), method.get("per_round"), *(schedule.get(name) for name in _TARGETS)]
+    targets = [target for target in named if target is not None]
+    return not targets or any(targets)
 
 
 def _planned(path: Path, root: Path) -> Iterator[Run]:
@@ -160,7 +187,8 @@ def _name(override: Override) -> str:
 
 def _described(run: Run, sweep: Sweep) -> str:
     """The run's folder, and how it differs from others."""
-    own = [f"{name}={value}" for name, value in run.overrides.items() if sweep.common.get(name) != value]
+    differing = {name for name, value in run.setting if sweep.common.get(name) != value} | {"seed"}
+    own = [f"{name}={value}" for name, value in run.overrides.items() if name in differing]
     return f"{run.folder} ({' '.join(own)})" if own else run.folder
 
 

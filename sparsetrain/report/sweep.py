@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,10 @@ from sparsetrain.report.plots import Points
 from sparsetrain.report.statistics import paired
 from sparsetrain.report.tables import is_accuracy, markdown_table, metric_text
 
-_NO_SETTING = frozenset({"seed", "ckpt_path", "name", "output_dir"})  # they do not change what a seed leads to
+# With all that is below them, they do not change what a seed leads to.
+_NO_SETTING = frozenset(
+    {"seed", "ckpt_path", "resume", "name", "output_dir", "launcher", "hydra", "logger", "optimized_metric"}
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Run:
         sparsity: over the weights that may be pruned, in [0, 1); NaN if it is not known.
         metrics: evaluated after the last step, by name, such as "test/accuracy"; finite.
         problem: why it does not count; None of a whole run.
+        pruned: whether weights were, or may have been, pruned in training, even if none of them is masked in the end.
     """
 
     folder: str
@@ -34,11 +39,12 @@ class Run:
     sparsity: float = math.nan
     metrics: Mapping[str, float] = field(default_factory=dict)
     problem: str | None = None
+    pruned: bool = False
 
     @property
     def setting(self) -> frozenset[tuple[str, str]]:
-        """The overrides but those that name, place, seed or resume it."""
-        return frozenset((name, value) for name, value in self.overrides.items() if name not in _NO_SETTING)
+        """The overrides but those that name, place, seed, resume, launch or log it."""
+        return frozenset((name, value) for name, value in self.overrides.items() if _first(name) not in _NO_SETTING)
 
     @property
     def sample(self) -> tuple[frozenset[tuple[str, str]], int | None]:
@@ -62,6 +68,11 @@ class Setting:
     def sparsity(self) -> float:
         """Mean over seeds, in [0, 1)."""
         return statistics.fmean(run.sparsity for run in self.runs.values())
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no run has pruned anything, at any time."""
+        return all(run.sparsity == 0 and not run.pruned for run in self.runs.values())
 
     def values(self, metric: str) -> dict[int | None, float]:
         """The metric by seed, of the runs that have it."""
@@ -96,7 +107,7 @@ class Sweep:
     @property
     def dense(self) -> Setting | None:
         """The control of all others: the only setting that prunes nothing; None if there is none, or several."""
-        dense = [setting for setting in self.settings if setting.sparsity == 0]
+        dense = [setting for setting in self.settings if setting.is_dense]
         return dense[0] if len(dense) == 1 and len(self.settings) > 1 else None
 
 
@@ -195,6 +206,15 @@ def sweep_curves(sweep: Sweep, metric: str) -> tuple[dict[str, Points], list[flo
         point = (setting.sparsity, list(setting.values(metric).values()))
         curves.setdefault(label or "each setting", []).append(point)
     return dict(curves), list(sweep.dense.values(metric).values()) if sweep.dense else []
+
+
+def _first(name: str) -> str:
+    """The part of the configuration that an override is about.
+
+    >>> _first("logger.wandb.offline"), _first("hydra/launcher"), _first("seed")
+    ('logger', 'hydra', 'seed')
+    """
+    return re.split(r"[./]", name, maxsplit=1)[0]
 
 
 def _sparsity_overrides(settings: Sequence[Setting]) -> set[str]:

@@ -46,6 +46,45 @@ def test_a_resumed_run_keeps_the_rows_of_its_past_and_no_others(tmp_path: Path) 
     ]
 
 
+def left(folder: Path, steps: int, *rows: tuple[int | float | None, str]) -> str:
+    """What a run that is resumed after so many steps takes over of rows with a step and a name."""
+    first = MetricsCSV(folder)
+    for value, (step, _) in enumerate(rows):
+        first.log_metrics({"row": value}, step=step)  # type: ignore[arg-type]  # Lightning gives floats, too
+    MetricsCSV(folder).take_over(folder / "metrics.csv", steps)
+    with (folder / "metrics.csv").open(newline="") as file:
+        return "".join(rows[int(float(row["row"]))][1] for row in csv.DictReader(file))
+
+
+def test_a_row_without_a_step_is_kept_with_the_next_that_has_one_so_that_none_is_doubled(tmp_path: Path) -> None:
+    rows = ((None, "a"), (0, "b"), (None, "c"), (1, "d"), (None, "e"), (2, "f"), (None, "g"), (3, "h"))
+    assert left(tmp_path, 2, *rows) == "abcd"
+
+
+def test_rows_without_a_step_at_the_end_of_the_file_are_left_out_since_they_may_follow_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    assert left(tmp_path, 2, (0, "a"), (None, "b"), (1, "c"), (None, "d")) == "abc"
+    assert left(tmp_path, 2, (None, "a"), (None, "b")) == ""
+
+
+def test_steps_that_are_floats_are_read_as_numbers(tmp_path: Path) -> None:
+    assert left(tmp_path, 2, (0.0, "a"), (1.0, "b"), (2.0, "c"), (3.0, "d")) == "ab"
+
+
+def test_rows_with_the_epoch_as_their_step_are_kept_as_those_around_them(tmp_path: Path) -> None:
+    # Epochs of 3 steps; resumed after the second one.
+    rows = [(step, "abcdefghi"[step]) for step in range(9)]
+    of_epoch = [*rows[:3], (0.0, "0"), *rows[3:6], (None, "-"), (1.0, "1"), *rows[6:9], (2.0, "2")]
+    assert left(tmp_path, 6, *of_epoch) == "abc0def-1"
+
+
+def test_rows_with_a_count_above_the_optimizer_step_do_not_end_the_past(tmp_path: Path) -> None:
+    # Examples, 64 a step.
+    rows = ((0, "a"), (64.0, "A"), (1, "b"), (128.0, "B"), (2, "c"), (192.0, "C"))
+    assert left(tmp_path, 2, *rows) == "aAb"
+
+
 def test_a_row_that_a_kill_cut_short_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     path.write_text("step,loss\n0,0.5\n1")

@@ -13,6 +13,7 @@ from sparsetrain.cli.train import main as train_main
 
 JOB = ("+experiment=tiny", "trainer.max_epochs=2")
 WHOLE = {"wall_time_s": 1.0}
+GMP = {"_target_": "GMP", "schedule": {"_target_": "Cubic", "initial": 0.0, "final": 0.8}}
 
 
 @pytest.fixture
@@ -31,10 +32,13 @@ def begin(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def finish(begin: Callable[..., Path]) -> Callable[..., Path]:
-    """Make a run's folder with a summary."""
+    """Make a run's folder with a summary, and the configuration of its method."""
 
-    def make(folder: str, *overrides: str, seed: int, accuracy: float = 0.9, **facts: object) -> Path:
+    def make(
+        folder: str, *overrides: str, seed: int, accuracy: float = 0.9, method: object = GMP, **facts: object
+    ) -> Path:
         path = begin(folder, *overrides, seed=seed)
+        (path / "config.yaml").write_text(yaml.dump({"seed": seed, "method": method}))
         stages = {"val": {"accuracy": 0.5}, "test": {"accuracy": accuracy, "loss": 0.125}}
         summary = {"overrides": [*JOB, *overrides, f"seed={seed}"], "seed": seed, "sparsity": 0.8}
         (path / "summary.json").write_text(json.dumps(summary | stages | (facts or WHOLE)))
@@ -96,6 +100,75 @@ def test_a_job_resumed_by_hand_is_the_job_that_the_sweep_began(tmp_path, begin, 
     assert "- sweep/0 (seed=1): resumed is of the same setting and seed, and counts instead" in text
 
 
+def test_a_sweep_that_went_on_with_resume_true_is_whole(tmp_path, finish):
+    for job in range(6):
+        on = ["resume=true"] if job in (4, 5) else []
+        finish(str(job), "lr=0.1" if job < 3 else "lr=0.2", *on, seed=1 + job % 3)
+    sweep_file(tmp_path, "lr=0.1,0.2", "seed=1,2,3", "resume=true")
+    text = report(tmp_path)
+    assert [line.split(" | ")[:2] for line in text.splitlines() if "80.00%" in line] == [["| 0.1", "3"], ["| 0.2", "3"]]
+    assert "resume" not in text
+    assert "not in the table" not in text
+
+
+def test_what_all_runs_were_launched_with_does_not_tell_those_that_are_left_out_apart(tmp_path, begin, finish):
+    finish("0", "launcher=joblib", "lr=0.1", seed=1)
+    begin("1", "launcher=joblib", "lr=0.1", seed=2)
+    assert "- 1 (seed=2): its training has not ended" in report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "is_control"),
+    [
+        (None, True),
+        ({"sparsity": 0.0, "per_round": None}, True),
+        ({"sparsity": None, "per_round": 0.0}, True),
+        ({"schedule": {"sparsity": 0.0, "at": "0it"}}, True),
+        ({"schedule": {"initial": 0.0, "final": 0.0, "every": "100it"}}, True),
+        ({"n": 2, "m": 4, "sparse_until": "0.5run", "final": "dense"}, False),
+        (GMP, False),  # whose network was then made smaller: no mask is left
+        ({"schedule": {"initial": 0.5, "final": 0.0}}, False),
+        ({"sparsity": 0.5, "measure": "flops"}, False),
+        ({"masks": "masks.safetensors"}, False),
+    ],
+)
+def test_a_run_without_zeros_is_the_control_only_if_its_method_aims_at_none(tmp_path, finish, method, is_control):
+    for seed in (1, 2):
+        finish(f"a{seed}", "arm=a", seed=seed, method=method, **WHOLE, sparsity=0.0)
+        finish(f"b{seed}", "arm=b", seed=seed)
+    assert ("less dense" in report(tmp_path)) is is_control
+    if is_control:
+        (tmp_path / "a1" / "config.yaml").unlink()
+        assert "less dense" not in report(tmp_path), "its method is not known"
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_soup_is_one_run_and_those_of_its_ingredients_are_part_of_it(tmp_path, begin, finish, ended):
+    finish("one", "method=imp", seed=1)
+    soup = tmp_path / "soup"
+    for job in ("0/ingredients/0", "1/ingredients/0", "1/ingredients/1"):
+        folder = finish(f"soup/rounds/{job}", "method=soup", f"method.only=[{job[0]},{job[-1]}]", seed=1)
+        (folder / "rounds" / job).mkdir(parents=True)
+    begin("soup/rounds/1/ingredients/2", "method=soup", seed=1)
+    sweep_file(soup / "rounds" / "1" / "ingredients", "method=soup", "method.only=[1,3],[1,4]")
+    (soup / "config.yaml").write_text(yaml.dump({"seed": 1, "method": {"sparsity": 0.8}}))
+    if ended:
+        summary = {"overrides": ["method=soup"], "seed": 1, "sparsity": 0.8, "test": {"accuracy": 0.75}} | WHOLE
+        (soup / "summary.json").write_text(json.dumps(summary))
+    assert [run.folder for run in find_runs(tmp_path)] == ["one", "soup"]
+    assert [run.folder for run in find_runs(soup)] == ["."]
+    text = report(tmp_path)
+    assert ("| soup |" in text) is ended
+    assert ("- soup: its training has not ended" in text) is not ended
+    within = find_runs(soup / "rounds" / "1" / "ingredients")
+    assert {run.folder for run in within} == {"0", "1", "2"}, "they are runs to who asks for them"
+
+
+def test_folders_named_like_those_of_ingredients_hold_runs_where_there_is_no_soup(tmp_path, finish):
+    finish("rounds/1/ingredients/0", seed=1)
+    assert [run.folder for run in find_runs(tmp_path)] == ["rounds/1/ingredients/0"]
+
+
 def test_jobs_are_in_the_order_of_their_numbers(tmp_path, finish):
     for job in (10, 2, 9):
         finish(str(job), f"lr={job}", seed=1)
@@ -119,7 +192,8 @@ def test_jobs_that_have_not_begun_are_known_only_where_the_command_lists_them(tm
 
 def test_another_metric_is_compared_and_only_accuracies_are_drawn(tmp_path, finish):
     for seed in (1, 2):
-        finish(f"dense{seed}", "method=dense", seed=seed, **WHOLE, sparsity=0.0, val={"loss": 1.0 + seed})
+        loss = {"loss": 1.0 + seed}
+        finish(f"dense{seed}", "method=dense", seed=seed, method=None, **WHOLE, sparsity=0.0, val=loss)
         finish(f"gmp{seed}", "method=gmp", seed=seed, **WHOLE, val={"loss": 1.5 + seed})
     text = report(tmp_path, "val/loss")
     assert "| val/loss less dense | 95 % interval |" in text

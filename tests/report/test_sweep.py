@@ -79,6 +79,26 @@ def test_two_settings_without_sparsity_leave_no_one_control_and_are_drawn_as_poi
     ]
 
 
+def test_a_setting_that_was_pruned_for_a_while_is_no_control_though_it_has_no_zeros_in_the_end():
+    pruned = [run(seed, {"final": "dense"}, seed, 0.0, pruned=True) for seed in (1, 2)]
+    runs = [*pruned, *(run(f"s{seed}", {"final": "sparse"}, seed) for seed in (1, 2))]
+    assert collect(runs).dense is None
+    runs += [run(f"d{seed}", DENSE, seed, 0.0) for seed in (1, 2)]
+    control = collect(runs).dense
+    assert control is not None
+    assert control.overrides == DENSE
+
+
+@pytest.mark.parametrize(
+    "override", ["resume", "launcher", "logger", "logger.wandb.offline", "hydra.launcher.n_jobs", "optimized_metric"]
+)
+def test_seeds_of_runs_that_were_resumed_launched_or_logged_otherwise_are_of_one_setting(override):
+    sweep = collect([run(0, {"final": "0.8"}, 1), run(1, {"final": "0.8", override: "other"}, 2)])
+    (setting,) = sweep.settings
+    assert list(setting.runs) == [1, 2]
+    assert sweep.left_out == []
+
+
 def test_a_curve_follows_the_numbers_that_change_the_sparsity_and_only_those():
     grid = [(lr, final, seed) for lr in (0.1, 0.2) for final in (0.9, 0.8) for seed in (1, 2)]
     runs = [

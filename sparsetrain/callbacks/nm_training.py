@@ -19,8 +19,9 @@ from sparsetrain.callbacks.backends import BackendChoice
 from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.calls import Calls
 from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
+from sparsetrain.callbacks.decay import ClipThenDecay, check_decay
 from sparsetrain.callbacks.masters import add_pruned_, copies_of, pruned_of
-from sparsetrain.callbacks.trainer import callbacks_of, has_scaler, is_fast_dev_run, set_callbacks
+from sparsetrain.callbacks.trainer import callbacks_of, is_fast_dev_run, set_callbacks
 from sparsetrain.masks import Masks, Pruning
 from sparsetrain.ops import NMRule
 from sparsetrain.ops.layers import EffectiveLayer, make_effective
@@ -365,11 +366,11 @@ class NMTraining(SparsityCallback):
                     optimizer.register_step_post_hook(partial(self._after_step, trainer, pl_module, counts))
                 )
                 if self.decay:
-                    self._check_decay(trainer, pl_module, optimizer)
+                    check_decay(self.decay, trainer, pl_module, optimizer)
         if not self._handles:
             raise ValueError("No optimizer holds any of the N:M weights. Return one from configure_optimizers.")
         if self.decay:
-            clip = _ClipThenDecay(pl_module.configure_gradient_clipping, self)
+            clip = ClipThenDecay(pl_module.configure_gradient_clipping, self._add_decay)
             self._replace(pl_module, "configure_gradient_clipping", clip)
 
     def _before_step(
@@ -414,19 +415,7 @@ class NMTraining(SparsityCallback):
             if self._held_back:
                 rank_zero_info("Monitored checkpoints keep what was before: the fit will leave N:M weights.")
 
-    def _check_decay(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        if not pl_module.automatic_optimization:
-            raise ValueError(
-                f"decay={self.decay} is added after gradients are clipped, which a module under manual optimization "
-                "does itself. Use decay=0.0 there, or automatic optimization."
-            )
-        if has_scaler(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise ValueError(
-                f"{type(optimizer).__name__} unscales gradients within its step (fused), so that decay={self.decay} "
-                "would be divided by the scale. Use fused=False, precision='bf16-mixed' or decay=0.0."
-            )
-
-    def add_decay(self, optimizer: Optimizer) -> None:
+    def _add_decay(self, optimizer: Optimizer) -> None:
         """Add decay * (1 - mask) * weight to the gradients that `optimizer` will use."""
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for layer in self._layers.values():
@@ -465,18 +454,3 @@ class _UndoAtLast(L.Callback):
 
     def _leave(self, trainer: L.Trainer) -> None:
         set_callbacks(trainer, [callback for callback in callbacks_of(trainer) if callback is not self])
-
-
-class _ClipThenDecay:
-    """Stands in for `configure_gradient_clipping`; a copy of the module clips alone."""
-
-    def __init__(self, clip: Callable[..., None], method: NMTraining | None) -> None:
-        self.clip, self.method = clip, method
-
-    def __call__(self, optimizer: Optimizer, *arguments: Any, **settings: Any) -> None:
-        self.clip(optimizer, *arguments, **settings)
-        if self.method is not None:
-            self.method.add_decay(optimizer)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"clip": self.clip, "method": None}

@@ -12,13 +12,15 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsetrain import __version__
-from sparsetrain.callbacks import PolarizationGating, SparsityCallback
+from sparsetrain.callbacks import PolarizationGating, Shrinking, SparsityCallback
 from sparsetrain.callbacks.nm_training import NMTraining
+from sparsetrain.callbacks.trainer import callbacks_of
 from sparsetrain.mask_files import save_masks
 from sparsetrain.masks import Masks, Update
 from sparsetrain.report import draw_gates, draw_sparsity, measure, report_table, write_sparsity_csv
@@ -30,7 +32,9 @@ SPARSITY, MASKS, PICTURE, GATES = "sparsity.csv", "masks.safetensors", "sparsity
 class Artifacts(L.Callback):
     """Writes what the training leaves, in the process that trained: with `ddp_spawn` the first one knows weights only.
 
-    sparsity.csv is written at each end of validation too. summary.json is completed by `add_to_summary` after the test.
+    sparsity.csv is written at each end of validation too. summary.json is completed by `add_to_summary` after the test;
+    until then it has "val" only if the last validation was of the network that the fit leaves. What it counts is of
+    that network, after `Shrinking` of the small one; training_flops are of both, each over its own batches.
 
     Args:
         folder: the run's.
@@ -44,6 +48,25 @@ class Artifacts(L.Callback):
     ) -> None:
         self.folder, self.method, self.example_input, self.facts = folder, method, example_input, dict(facts)
         self._batches, self._seconds, self._begun = 0, 0.0, math.nan
+        self._validated: int | None = None
+        self._shrinking: Shrinking | None = None
+        self._whole_flops: int | None = None
+        self._whole_batches: int | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._shrinking is None else {"whole_batches": self._whole_batches}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._whole_batches = state_dict["whole_batches"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Count the FLOPs of a network that is to shrink, which is still whole here in a resumed run, too."""
+        if stage != "fit":
+            return
+        self._validated = None
+        self._shrinking = next((one for one in callbacks_of(trainer) if isinstance(one, Shrinking)), None)
+        if self._shrinking is not None:
+            self._whole_flops = measure(pl_module, {}, self.example_input).dense_flops
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin to count the batches of an epoch."""
@@ -53,6 +76,8 @@ class Artifacts(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
         """Count the batch before, with all that was done from its start to this one's."""
+        if self._whole_batches is None and self._shrinking is not None and self._shrinking.removed is not None:
+            self._whole_batches = _completed(trainer)
         now = time.perf_counter()
         if not math.isnan(self._begun):
             self._batches, self._seconds = self._batches + 1, self._seconds + now - self._begun
@@ -65,7 +90,10 @@ class Artifacts(L.Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the updates so far."""
-        if self.method is not None and not trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._validated = trainer.global_step
+        if self.method is not None:
             write_sparsity_csv(self.folder / SPARSITY, self.method.plan, self.method.history)
 
     @rank_zero_only
@@ -73,22 +101,22 @@ class Artifacts(L.Callback):
         """Write all of it, after every callback's end of the fit; not after an exception."""
         if stage != "fit":
             return
-        report = measure(pl_module, self.method.masks if self.method else {}, self.example_input)
-        write_model(self.folder, pl_module)
+        write_model(self.folder, pl_module)  # before all else that might fail
         if self.method is not None:
             write_sparsity(self.folder, self.method, trainer.global_step)
+        report = measure(pl_module, self.method.masks if self.method else {}, self.example_input)
+        if self.method is not None:
             print(report_table(report))
+        is_validated = self._validated == trainer.global_step
         summary = {
             **self.facts,
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
-            "val": of_stage(trainer.callback_metrics, "val"),
+            **({"val": of_stage(trainer.callback_metrics, "val")} if is_validated else {}),
             **report.to_dict(),
-            "training_flops": _training_flops(trainer, report.dense_flops),
+            "training_flops": self._training_flops(trainer, report.dense_flops),
             "examples_per_s": self._examples_per_s(trainer),
-            "device": _device(trainer),
-            "versions": _versions(),
-            "git": git_state(),
+            **made_on(trainer),
         }
         if isinstance(self.method, NMTraining):
             summary["backends"] = [asdict(decision) for decision in self.method.decisions]
@@ -102,6 +130,25 @@ class Artifacts(L.Callback):
             )
         write_json(self.folder / SUMMARY, summary)
 
+    def _training_flops(self, trainer: L.Trainer, flops: int | None) -> int | None:
+        """FLOPs of all forward passes and, twice as many, of all backward ones; each batch is counted as a full one.
+
+        Zeros are counted as other weights: nothing skips them by itself.
+
+        Args:
+            trainer: of the fit, at its end.
+            flops: of one example, in the network that is left.
+        """
+        size = _batch_size(trainer)
+        if flops is None or size is None:
+            return None
+        batches = _completed(trainer)
+        forward = flops * batches
+        if self._shrinking is not None and self._whole_flops is not None:
+            before = batches if self._whole_batches is None else self._whole_batches
+            forward = self._whole_flops * before + flops * (batches - before)
+        return 3 * forward * size * trainer.world_size
+
     def _examples_per_s(self, trainer: L.Trainer) -> float | None:
         """What was trained on in a second of the last epoch, on all ranks; None if that is not known."""
         size = _batch_size(trainer)
@@ -110,10 +157,15 @@ class Artifacts(L.Callback):
         return round(self._batches * size * trainer.world_size / self._seconds, 1)
 
 
+def read_summary(folder: Path) -> dict[str, Any]:
+    """The entries of summary.json."""
+    summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+    return summary
+
+
 def add_to_summary(folder: Path, **entries: Any) -> None:
     """Add entries to summary.json, or replace them."""
-    path = folder / SUMMARY
-    write_json(path, {**json.loads(path.read_text()), **entries})
+    write_json(folder / SUMMARY, {**read_summary(folder), **entries})
 
 
 def of_stage(metrics: Mapping[str, Any], stage: str) -> dict[str, float]:
@@ -182,15 +234,15 @@ def _versions() -> dict[str, str]:
     }
 
 
-def _training_flops(trainer: L.Trainer, flops: int | None) -> int | None:
-    """FLOPs of all forward passes and, twice as many, of all backward ones; each batch is counted as a full one.
+def made_on(trainer: L.Trainer) -> dict[str, Any]:
+    """Entries of summary.json: the device, and the versions and git state of the code."""
+    return {"device": _device(trainer), "versions": _versions(), "git": git_state()}
 
-    Zeros are counted as other weights: nothing skips them by itself.
-    """
-    size = _batch_size(trainer)
-    if flops is None or size is None:
-        return None
-    return 3 * flops * trainer.fit_loop.epoch_loop.batch_progress.total.completed * size * trainer.world_size
+
+def _completed(trainer: L.Trainer) -> int:
+    """Training batches of the run so far, on each rank."""
+    batches: int = trainer.fit_loop.epoch_loop.batch_progress.total.completed
+    return batches
 
 
 def _batch_size(trainer: L.Trainer) -> int | None:

@@ -1,6 +1,7 @@
 """The smaller network that a run leaves whose channels were cut off whole."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from sparsetrain.cli.artifacts import network_of, of_stage
 from sparsetrain.export.architecture import Architecture
 from sparsetrain.patterns import Channel
 from sparsetrain.report import cost
+from sparsetrain.report.measure import example_for
 
 FOLDER = "shrunk"
 
@@ -33,26 +35,28 @@ def write_and_test(
     datamodule: L.LightningDataModule,
     example_input: Tensor,
     method: SparsityCallback,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Write <folder>/shrunk: the network without what was cut off, for `load_shrunk` with the plain dense one.
 
-    Where that cannot be, the reason is a warning.
+    Where that cannot be, the reason is a warning. The module keeps its weights.
 
     Args:
         folder: the run's.
         evaluator: a Trainer without loggers, of as many processes as the run had.
-        module: of the run.
+        module: of the run, with the network that the run leaves.
         datamodule: of the run.
         example_input: a batch of one example.
         method: of the run, after the fit.
+        masks: of the network; None takes those of `method`.
 
     Returns:
         Entries of summary.json: parameters, FLOPs of one example, and test metrics of the smaller network.
     """
     network = network_of(module)
-    example = example_input.to(next(network.parameters()).device)
+    example = example_for(network, example_input)
     try:
-        small = _small(module, network, example, method)
+        small = _small(module, network, example, method, method.masks if masks is None else masks)
     except (ImportError, ValueError, RuntimeError) as error:  # the training is done, and what it left is written
         rank_zero_warn(f"No smaller network was written. {error}")
         return {}
@@ -77,7 +81,13 @@ def _holding(small: nn.Module, module: L.LightningModule) -> L.LightningModule:
     return holder
 
 
-def _small(module: L.LightningModule, network: nn.Module, example: Tensor, method: SparsityCallback) -> nn.Module:
+def _small(
+    module: L.LightningModule,
+    network: nn.Module,
+    example: Tensor,
+    method: SparsityCallback,
+    masks: Mapping[str, Tensor],
+) -> nn.Module:
     """`network` without what was cut off from it; after `Shrinking` it is so already."""
     if not Architecture.of(network).is_whole:
         return network
@@ -85,8 +95,8 @@ def _small(module: L.LightningModule, network: nn.Module, example: Tensor, metho
     if isinstance(method, PolarizationGating):
         units = tuple(_without(prefix, unit) for unit in method.units)
     else:
-        masks = {name.removeprefix(prefix): mask for name, mask in method.masks.items()}
-        units = export.pruned_units(export.units(network, example), masks)
+        own = {name.removeprefix(prefix): mask for name, mask in masks.items()}
+        units = export.pruned_units(export.units(network, example), own)
     if not units:
         raise ValueError("Nothing was cut off whole.")
     return export.shrink(network, units, example)

@@ -2,24 +2,30 @@
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
 
 from sparsetrain import soups
 from sparsetrain.callbacks import SparseModelSoup
-from sparsetrain.cli import rounds
-from sparsetrain.cli.artifacts import CONFIG, MASKS, SUMMARY, git_state, of_stage, write_json, write_model
+from sparsetrain.cli import rounds, shrunk
+from sparsetrain.cli.artifacts import CONFIG, MASKS, MODEL, SUMMARY, made_on, of_stage, write_json, write_model
 from sparsetrain.cli.checkpoints import AtomicCheckpointIO
 from sparsetrain.cli.instantiate import instantiate
 from sparsetrain.cli.resume import CHECKPOINT, check_same, is_complete, write_config
-from sparsetrain.cli.train import compose, known_warnings, make_evaluator, make_parts
+from sparsetrain.cli.train import BAD_INPUT, compose, known_warnings, make_evaluator, make_parts, message
+from sparsetrain.cli.weights import load_weights
+from sparsetrain.mask_files import load_masks
+from sparsetrain.report import measure, report_table, training_flops
 
 
 def main() -> None:
@@ -36,15 +42,20 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         soup(arguments.folder, arguments.overrides, retries=arguments.retries, without_dead=arguments.without_dead)
-    except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"\nerror: {error}")
+    except (*BAD_INPUT, RuntimeError) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(message(error))
 
 
 @known_warnings()
 def soup(folder: Path, overrides: Sequence[str], *, retries: int = 1, without_dead: bool = False) -> None:
     """Make a soup in `folder`, or go on with it.
 
-    The folder is that of a run with the same settings, rounds/<r>/ingredients/<j>/ the run of ingredient j of round r.
+    The folder is that of a run with the same settings, less what is logged while it trains (metrics.csv, sparsity.csv,
+    sparsity.png, checkpoints/): rounds/<r>/ingredients/<j>/, the run of ingredient j of round r, has its part. In
+    summary.json wall_time_s is that of the command that finished the soup, and examples_per_s is null.
+
     On one device, and with loaders that have `reseed`, the soup is that of the one run, bit for bit. Averages are made
     by this process, which recalibrates batch norm on the device that `trainer` names.
 
@@ -58,7 +69,7 @@ def soup(folder: Path, overrides: Sequence[str], *, retries: int = 1, without_de
         ValueError: another method, one with `only`, or a folder that holds something else.
         RuntimeError: an ingredient is dead.
     """
-    folder = folder.absolute()
+    started, folder = time.perf_counter(), folder.absolute()
     cfg = compose(*overrides, "trainer.max_epochs=-1", output_dir=folder)
     method = instantiate(cfg.method)
     if not rounds.makes_soups(method):
@@ -77,19 +88,39 @@ def soup(folder: Path, overrides: Sequence[str], *, retries: int = 1, without_de
             trainer = make_evaluator(cfg, folder, datamodule, soups=number > 0, limit_test_batches=1)
             _merge(members, number, trainer, module, datamodule)
             print(f"Round {number}: {folder / rounds.FOLDER / str(number)}")
+    phases = [folder / rounds.FOLDER / str(number) for number in method.numbers]
+    for name in (MODEL, MASKS):
+        shutil.copyfile(phases[-1] / name, folder / name)
+    load_weights(module, folder / MODEL)
+    masks = load_masks(folder / MASKS)
+    report = measure(module, masks, example_input)
+    print(report_table(report))
+    facts: dict[str, Any] = {}
+    if shrunk.cuts_off(method):
+        evaluator = make_evaluator(cfg, folder, datamodule, soups=False)
+        facts |= shrunk.write_and_test(folder, evaluator, module, datamodule, example_input, method, masks)
     evaluator = make_evaluator(cfg, folder, datamodule, soups=True)
-    facts = rounds.evaluate(folder, evaluator, module, datamodule, example_input)
-    last = facts["rounds"][-1]
+    facts |= rounds.evaluate(folder, evaluator, module, datamodule, example_input)
+    trained = [json.loads((phase / rounds.FACTS).read_text()) for phase in phases]
+    examples, last = sum(one["examples"] for one in trained), facts["rounds"][-1]
     summary = {
         "name": cfg.name,
         "command": shlex.join(sys.argv),
         "overrides": list(overrides),
+        "resumed_from": None,
         "seed": cfg.seed,
-        "sparsity": last["sparsity"],
+        "steps": trained[-1]["first_step"] + trained[-1]["steps"],
+        "epochs": int(trained[-1]["epochs_seen"]),
+        **report.to_dict(),
+        "training_flops": None if report.dense_flops is None else training_flops(report.dense_flops, examples),
+        "examples_per_s": None,
+        **made_on(evaluator),
+        "split_hash": getattr(datamodule, "split_hash", None),
         "val": of_stage(last, "val"),
         "test": of_stage(last, "test"),
         **facts,
-        "git": git_state(),
+        "optimized": {name: value for name, value in last.items() if name == cfg.optimized_metric},
+        "wall_time_s": round(time.perf_counter() - started, 3),
     }
     write_json(folder / SUMMARY, summary)
 

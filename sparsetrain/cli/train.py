@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import pickle
 import shlex
 import shutil
 import sys
@@ -20,8 +21,10 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
@@ -36,6 +39,15 @@ from sparsetrain.cli.weights import load_weights
 
 schema.register()
 
+BAD_INPUT = (ValueError, OSError, HydraException, OmegaConfBaseException)
+"""What is wrong with the input, which a program answers with `message`."""
+# Of the parts whose schemas have no types.
+_NUMBERS = (
+    *("optim.lr", "optim.momentum", "optim.weight_decay"),
+    *("trainer.max_epochs", "trainer.max_steps", "trainer.accumulate_grad_batches"),
+)
+_PRECISIONS = ("highest", "high", "medium")
+
 
 def main() -> None:
     """The program: compose the configuration from the command line, and train, once for each job of a sweep."""
@@ -47,8 +59,21 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback, and not always the error that matters
     try:
         _main()
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:  # what is wrong with the input
-        sys.exit(_message(error))
+    except BAD_INPUT as error:
+        sys.exit(message(error))
+
+
+def message(error: Exception) -> str:
+    """What a program that ends says of an error: its text and those of its causes, and what helps against it."""
+    text, cause = str(error).strip(), error.__cause__
+    while cause is not None:
+        if str(cause) not in text:
+            text += f"\n{cause}"
+        cause = cause.__cause__
+    text += launchers.remedy(text)
+    if isinstance(error, OSError) and error.filename is not None:
+        text += "\nFolders are chosen by hydra.run.dir=..., hydra.sweep.dir=... (for a sweep) and dataset.root=..."
+    return f"\nerror: {text}\n(HYDRA_FULL_ERROR=1 shows where it was raised.)"
 
 
 @hydra.main(version_base="1.3", config_path="pkg://sparsetrain.conf", config_name="config")
@@ -111,11 +136,13 @@ def _train(cfg: DictConfig) -> float:
     earlier = None if cfg.ckpt_path is None else _read_checkpoint(Path(cfg.ckpt_path))
 
     _check_metric(cfg)
+    _check_numbers(cfg)
     module, datamodule, example_input = make_parts(cfg)
     method: SparsityCallback | None = instantiate(cfg.method)
     loggers: list[Logger] = list((instantiate(cfg.logger) or {}).values())
     try:
-        trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
+        trainer = _trainer(
+            cfg,
             callbacks=_callbacks(cfg, folder, method, example_input),
             logger=loggers,
             plugins=[AtomicCheckpointIO()],
@@ -123,16 +150,17 @@ def _train(cfg: DictConfig) -> float:
         )
         if trainer.is_global_zero:
             _begin_logs(cfg, folder, loggers, earlier)
-        results = _fit(trainer, module, datamodule, cfg.ckpt_path, earlier)
-        results |= trainer.test(module, datamodule=datamodule, verbose=False)[0]
-        if isinstance(method, IterativeMagnitudePruning) and cfg.method.get("only") is None:
-            evaluator = make_evaluator(cfg, folder, datamodule, soups=rounds.makes_soups(method))
-            facts = rounds.evaluate(folder, evaluator, module, datamodule, example_input)
-            if trainer.is_global_zero:
-                artifacts.add_to_summary(folder, **facts)
-        if method is not None and shrunk.cuts_off(method):
+        results = _fit(folder, trainer, module, datamodule, cfg.ckpt_path, earlier)
+        results |= dict(next(iter(trainer.test(module, datamodule=datamodule, verbose=False)), {}))
+        is_leg = method is not None and cfg.method.get("only") is not None  # its soup is what matters
+        if method is not None and shrunk.cuts_off(method) and not is_leg:
             evaluator = make_evaluator(cfg, folder, datamodule, soups=False)
             facts = shrunk.write_and_test(folder, evaluator, module, datamodule, example_input, method)
+            if trainer.is_global_zero:
+                artifacts.add_to_summary(folder, **facts)
+        if isinstance(method, IterativeMagnitudePruning) and not is_leg:
+            evaluator = make_evaluator(cfg, folder, datamodule, soups=rounds.makes_soups(method))
+            facts = rounds.evaluate(folder, evaluator, module, datamodule, example_input)  # changes the weights
             if trainer.is_global_zero:
                 artifacts.add_to_summary(folder, **facts)
         if trainer.is_global_zero:
@@ -153,13 +181,25 @@ def _train(cfg: DictConfig) -> float:
 
 
 def make_parts(cfg: DictConfig) -> tuple[L.LightningModule, L.LightningDataModule, Tensor]:
-    """The module, the data module and a batch of one example, as a run with `cfg` begins with; seeds everything."""
+    """The module, the data module and a batch of one example, as a run with `cfg` begins with; seeds everything.
+
+    The example is the module's `example_input_array`, too, unless it has one of its own.
+
+    Raises:
+        ValueError: settings that do not fit, or a module without a test.
+    """
+    if cfg.matmul_precision not in _PRECISIONS:
+        raise ValueError(f"matmul_precision={cfg.matmul_precision} is unknown. Choose one of {', '.join(_PRECISIONS)}.")
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     datamodule = instantiate(cfg.dataset)
     _fill_in(cfg.data, datamodule)
-    example_input = _example_input(datamodule)
-    return _module(cfg), datamodule, example_input
+    module, example_input = _module(cfg), _example_input(datamodule)
+    if not is_overridden("test_step", module):
+        raise ValueError(f"{type(module).__name__} has no test_step, and a run ends with a test. Give it one.")
+    if module.example_input_array is None:
+        module.example_input_array = example_input
+    return module, datamodule, example_input
 
 
 def make_evaluator(
@@ -178,7 +218,8 @@ def make_evaluator(
     level = quiet.level
     quiet.setLevel(logging.WARNING)  # it would describe the device again
     try:
-        trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(
+        return _trainer(
+            cfg,
             callbacks=[Recalibration(datamodule, recalibration_seed(cfg.seed))] if soups else [],
             logger=False,
             enable_checkpointing=False,
@@ -188,7 +229,6 @@ def make_evaluator(
         )
     finally:
         quiet.setLevel(level)
-    return trainer
 
 
 def _module(cfg: DictConfig) -> L.LightningModule:
@@ -202,32 +242,39 @@ def _module(cfg: DictConfig) -> L.LightningModule:
     return module
 
 
-def _message(error: Exception) -> str:
-    text, cause = str(error).strip(), error.__cause__
-    while cause is not None:
-        if str(cause) not in text:
-            text += f"\n{cause}"
-        cause = cause.__cause__
-    text += launchers.remedy(text)
-    if isinstance(error, OSError) and error.filename is not None:
-        text += "\nFolders are chosen by hydra.run.dir=..., hydra.sweep.dir=... (for a sweep) and dataset.root=..."
-    return f"\nerror: {text}\n(HYDRA_FULL_ERROR=1 shows where it was raised.)"
+def _trainer(cfg: DictConfig, **settings: Any) -> L.Trainer:
+    try:
+        trainer: L.Trainer = instantiate(cfg.trainer, _partial_=True)(**settings)
+    except (MisconfigurationException, TypeError) as error:
+        own = " ".join(f"{name}={cfg.trainer.get(name)}" for name in ("accelerator", "devices", "precision"))
+        raise ValueError(
+            f"lightning.Trainer refuses its settings ({own}, ...): {error} Change trainer.* accordingly; trainer=cpu "
+            "needs no GPU."
+        ) from error
+    return trainer
 
 
 def _fit(
+    folder: Path,
     trainer: L.Trainer,
     module: L.LightningModule,
     datamodule: L.LightningDataModule,
     ckpt_path: str | None,
     earlier: Mapping[str, Any] | None,
 ) -> dict[str, float]:
-    """Train, and return the last value of every logged metric."""
+    """Train, validate what that has left, and return the last value of every logged metric."""
     trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
-    if earlier is None or trainer.global_step != earlier["global_step"]:
-        return {name: float(value) for name, value in trainer.callback_metrics.items()}
-    # The run was killed after its last step: Lightning has restored it and found nothing left to train.
-    rank_zero_info(f"{ckpt_path} holds all {trainer.global_step} steps of the run; only its results are made again.")
-    return dict(next(iter(trainer.validate(module, datamodule=datamodule, verbose=False)), {}))
+    if earlier is not None and trainer.global_step == earlier["global_step"]:
+        # The run was killed after its last step: Lightning has restored it and found nothing left to train.
+        steps = trainer.global_step
+        rank_zero_info(f"{ckpt_path} holds all {steps} steps of the run; only its results are made again.")
+    results = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    # From the file, as with `ddp_spawn` this process has not trained.
+    is_validated = trainer.strategy.broadcast(trainer.is_global_zero and "val" in artifacts.read_summary(folder))
+    has_loader = any(is_overridden("val_dataloader", of) for of in (datamodule, module))
+    if not is_validated and has_loader and is_overridden("validation_step", module):
+        results |= dict(next(iter(trainer.validate(module, datamodule=datamodule, verbose=False)), {}))
+    return results
 
 
 def _callbacks(
@@ -297,7 +344,18 @@ def _read_checkpoint(path: Path) -> Mapping[str, Any]:
         raise FileNotFoundError(
             f"ckpt_path={path} does not exist. The last checkpoint of a run is <its folder>/checkpoints/last.ckpt."
         )
-    checkpoint: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        checkpoint: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"ckpt_path={path} cannot be read as a checkpoint: it is damaged or something else. Give another one, or "
+            "remove it to begin anew."
+        ) from error
+    if "global_step" not in checkpoint:
+        raise ValueError(
+            f"ckpt_path={path} holds weights alone, from which no run goes on. Give <run>/checkpoints/last.ckpt, or "
+            "begin with the weights by init_from=..."
+        )
     return checkpoint
 
 
@@ -320,6 +378,13 @@ def _check_metric(cfg: DictConfig) -> None:
             f"optimized_metric={cfg.optimized_metric} is measured on validation data, but dataset.val_size=0 leaves "
             "none. Hold some out, or set optimized_metric=null."
         )
+
+
+def _check_numbers(cfg: DictConfig) -> None:
+    for name in _NUMBERS:
+        value = OmegaConf.select(cfg, name)
+        if isinstance(value, str):
+            raise ValueError(f"{name}={value} is not a number. Give one, such as {name}=1.")
 
 
 def _optimized(name: str | None, results: Mapping[str, float]) -> float:

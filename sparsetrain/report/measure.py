@@ -152,8 +152,8 @@ def measure(module: nn.Module, masks: Mapping[str, Tensor], example_input: Tenso
     Args:
         module: the network; live weights are counted, so fold shadow storage first.
         masks: parameter name -> bool tensor of the parameter's shape, True = kept. May be empty.
-        example_input: a batch, shape (batch, ...), on any device; its first example is run once in evaluation mode.
-            None leaves the FLOPs out.
+        example_input: a batch, shape (batch, ...), on any device, of any floating dtype or of integers; its first
+            example is run once in evaluation mode. None leaves the FLOPs out.
 
     Raises:
         ValueError: a mask that is not bool, names no parameter or has another shape.
@@ -198,7 +198,8 @@ def cost(module: nn.Module, example_input: Tensor) -> dict[str, int]:
 
     Args:
         module: the network.
-        example_input: a batch, shape (batch, ...), on any device; its first example is run once in evaluation mode.
+        example_input: a batch, shape (batch, ...), on any device, of any floating dtype or of integers; its first
+            example is run once in evaluation mode.
 
     Returns:
         Module name -> FLOPs of the operations that run in that module itself and in none of its children; modules in
@@ -231,6 +232,12 @@ def cost(module: nn.Module, example_input: Tensor) -> dict[str, int]:
     return flops
 
 
+def example_for(module: nn.Module, example_input: Tensor) -> Tensor:
+    """The first example of a batch, on the device of the module's first floating parameter; floats in its dtype."""
+    weight = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), example_input)
+    return example_input[:1].to(weight.device, weight.dtype if example_input.is_floating_point() else None)
+
+
 _Book = Callable[[tuple[Any, ...], int], None]
 """Is told the arguments of an operation and its FLOPs."""
 
@@ -255,8 +262,7 @@ class _Bookkeeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _count_flops(module: nn.Module, example_input: Tensor, book: _Book) -> int:
-    device = next((parameter.device for parameter in module.parameters()), example_input.device)
-    example = example_input[:1].to(device)
+    example = example_for(module, example_input)
     counter = FlopCounterMode(display=False)
     with _undisturbed(module), counter, _Bookkeeper(counter, book):
         module(example)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from sparsetrain.cli import artifacts
 from sparsetrain.cli.artifacts import Artifacts, add_to_summary, git_state, write_model
+from sparsetrain.cli.train import train
 
 
 class Tied(nn.Module):
@@ -106,6 +107,38 @@ def test_examples_are_counted_over_the_last_epoch_without_validation(tmp_path, m
     )
     trainer.fit(module, datamodule=Batches())
     assert json.loads((tmp_path / "summary.json").read_text())["examples_per_s"] == 6 / 2
+
+
+def test_a_count_that_fails_costs_neither_the_weights_nor_the_masks(sparse, tmp_path, monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("cannot be counted")
+
+    monkeypatch.setattr(artifacts, "measure", fail)
+    with pytest.raises(RuntimeError, match="cannot be counted"):
+        train(sparse())
+    left = {path.name for path in (tmp_path / "run").iterdir()}
+    assert left >= {"model.safetensors", "masks.safetensors", "sparsity.csv"}
+
+
+CUT = ("allocation=uniform", "pattern=channel", "method.pruning.where.exclude=[network.fc1.weight]")
+CUT += ("callbacks.checkpoint.every_n_epochs=null",)
+
+
+@pytest.mark.parametrize("at", [10, 12])
+def test_training_flops_are_of_the_whole_network_until_it_shrinks_in_a_resumed_run_too(sparse, tmp_path, at):
+    def flops(*overrides: str, saved: int) -> tuple[int, int]:
+        shrink = f"+callbacks.shrink={{_target_:sparsetrain.Shrinking,at:{at}it}}"
+        every = f"+callbacks.checkpoint.every_n_train_steps={saved}"
+        train(sparse(*CUT, shrink, every, *overrides, folder=str(saved)))
+        summary = json.loads((tmp_path / str(saved) / "summary.json").read_text())
+        return summary["training_flops"], summary["dense_flops"]
+
+    whole = 2 * (16 * 300 + 300 * 100 + 100 * 3)
+    for saved in (9, 10, 11):  # before, at and after the cut; then 12 more from there, as far as the run is long
+        found, small = flops(saved=saved)
+        assert small < whole / 5
+        assert found == 3 * 16 * (whole * at + small * (12 - at))
+        assert flops(f"ckpt_path={tmp_path}/{saved}/checkpoints/last.ckpt", saved=saved)[0] == found
 
 
 def test_git_state_says_the_commit_and_whether_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import DENSE
+from hydra.errors import HydraException
 from safetensors.torch import load_file
 
 from sparsetrain import load_masks
 from sparsetrain.cli import soup as command
 from sparsetrain.cli.train import compose, train
+from sparsetrain.export import load_shrunk
+from sparsetrain.models import LeNet300100
 
 SOUP = (
     *DENSE,
@@ -120,6 +123,37 @@ def test_ingredients_in_runs_of_their_own_make_the_soup_of_the_one_run_bit_for_b
     assert summaries[0]["soups"] == summaries[1]["soups"]
 
 
+def test_the_folder_of_a_soup_is_that_of_a_run_but_for_what_is_logged_while_it_trains(
+    whole: Path, jobs: InProcess, tmp_path: Path
+) -> None:
+    command.soup(tmp_path, SOUP)
+    logged = {"metrics.csv", "sparsity.csv", "sparsity.png", "checkpoints"}
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()} - logged
+    for name in ("model.safetensors", "masks.safetensors"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "rounds" / "2" / name).read_bytes(), name
+    one, soup = (json.loads((folder / "summary.json").read_text()) for folder in (whole, tmp_path))
+    assert one.keys() == soup.keys()
+    own = {"command", "overrides", "examples_per_s", "wall_time_s", "val", "test", "optimized", "git"}
+    assert {name: soup[name] for name in soup.keys() - own} == {name: one[name] for name in one.keys() - own}
+    for name in ("val", "test", "optimized"):
+        assert soup[name] == pytest.approx(one[name], rel=1e-4), name  # batch norm is recalibrated before
+    assert soup["wall_time_s"] > 0
+
+
+def test_a_soup_without_whole_channels_leaves_the_smaller_network_too(jobs: InProcess, tmp_path: Path) -> None:
+    lenet = tuple(one for one in SOUP if not one.startswith("model"))
+    channels = ("pattern=channel", "allocation=uniform", "method.pruning.where.exclude=[network.fc1.weight]")
+    command.soup(tmp_path, (*lenet, *channels, "method.rounds=1"))
+    network = LeNet300100((1, 4, 4), num_classes=3)
+    small = load_shrunk(network, tmp_path / "shrunk")
+    network.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    images = torch.randn(5, 1, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), network(images))
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["shrunk"]["test"] == pytest.approx(summary["test"], abs=1e-6)
+
+
 def test_what_is_finished_is_not_made_again_and_what_died_is_tried_again(
     whole: Path, jobs: InProcess, tmp_path: Path
 ) -> None:
@@ -182,4 +216,12 @@ def test_a_launcher_trains_the_ingredients_from_the_command_line(
 def test_what_is_wrong_with_the_input_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("sys.argv", ["sparsetrain-soup", str(tmp_path), *DENSE])
     with pytest.raises(SystemExit, match=r"^\nerror: method=NoneType makes no soup"):
+        command.main()
+    wrong = [*SOUP, "method.ingredients=abc"]
+    monkeypatch.setattr("sys.argv", ["sparsetrain-soup", str(tmp_path), *wrong])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    with pytest.raises(SystemExit, match=r"^\nerror: Error merging override method\.ingredients=abc\nValue 'abc' "):
+        command.main()
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    with pytest.raises(HydraException, match=r"method\.ingredients=abc"):
         command.main()

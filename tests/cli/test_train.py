@@ -14,9 +14,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from sparsetrain.cli.train import main, train
+from sparsetrain import models
+from sparsetrain.cli.train import main, make_evaluator, make_parts, train
+from sparsetrain.cli.weights import load_weights
 from sparsetrain.data import Synthetic
 from sparsetrain.mask_files import load_masks
 from sparsetrain.models import Classifier, LeNet300100
@@ -190,6 +192,71 @@ def test_a_run_killed_after_its_last_step_can_still_be_finished(sparse: Config, 
         assert (tmp_path / "finished" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize(
+    "length",
+    [("trainer.check_val_every_n_epoch=2",), ("trainer.max_epochs=-1", "trainer.max_steps=10")],
+    ids=["epochs", "steps"],
+)
+def test_the_summary_validates_the_network_that_is_left_if_the_last_validation_was_of_an_earlier_one(
+    sparse: Config, tmp_path: Path, length: tuple[str, ...]
+) -> None:
+    every = ("callbacks.checkpoint.every_n_epochs=null", "+callbacks.checkpoint.every_n_train_steps=9")
+    settings = (*length, *every, "optimized_metric=val/loss")
+    cfg = sparse(*settings, folder="whole")
+    returned = train(cfg)
+    module, datamodule, _ = make_parts(cfg)
+    load_weights(module, tmp_path / "whole" / "model.safetensors")
+    evaluator = make_evaluator(cfg, tmp_path, datamodule, soups=False)
+    (expected,) = evaluator.validate(module, datamodule=datamodule, verbose=False)
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    assert {f"val/{name}": value for name, value in summary["val"].items()} == expected
+    assert returned == expected["val/loss"] == summary["optimized"]["val/loss"]
+    masks = (tmp_path / "whole" / "sparsity.csv").read_bytes()
+
+    last = tmp_path / "whole" / "checkpoints" / "last.ckpt"
+    assert train(sparse(*settings, f"ckpt_path={last}", folder="resumed")) == returned
+    resumed = json.loads((tmp_path / "resumed" / "summary.json").read_text())
+    assert [resumed[name] for name in ("val", "test", "optimized")] == [
+        summary[name] for name in ("val", "test", "optimized")
+    ]
+    assert (tmp_path / "resumed" / "sparsity.csv").read_bytes() == masks
+    assert rows(tmp_path / "resumed" / "metrics.csv")[-2:] == rows(tmp_path / "whole" / "metrics.csv")[-2:]
+
+
+def test_a_network_that_was_validated_last_is_not_validated_again(sparse: Config, tmp_path: Path) -> None:
+    train(sparse())
+    assert len([row for row in rows(tmp_path / "run" / "metrics.csv") if row["val/loss"]]) == 3
+
+
+def test_masks_that_were_given_stay_in_the_table_when_the_network_is_validated_at_the_end(
+    sparse: Config, dense: Config, tmp_path: Path
+) -> None:
+    train(sparse(folder="first"))
+    given = ("method=fixed_masks", f"method.masks={tmp_path}/first/masks.safetensors")
+    train(dense(*given, "trainer.check_val_every_n_epoch=2", folder="second"))
+    assert {row["step"] for row in rows(tmp_path / "second" / "sparsity.csv")} == {"0"}
+
+
+class Untested(Classifier):
+    test_step = None  # type: ignore[assignment]
+
+
+def test_a_module_without_a_test_step_is_refused_before_training(
+    dense: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "Untested", Untested, raising=False)
+    with pytest.raises(ValueError, match="Untested has no test_step, and a run ends with a test"):
+        train(dense("module._target_=sparsetrain.models.Untested"))
+    assert files(tmp_path / "run") == set()
+
+
+def test_a_module_keeps_an_example_of_its_own(dense: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch.equal(make_parts(dense())[0].example_input_array, torch.zeros(1, 1, 4, 4))
+    own = torch.ones(2, 1, 4, 4)
+    monkeypatch.setattr(Classifier, "example_input_array", own)
+    assert make_parts(dense())[0].example_input_array is own
+
+
 def test_the_masks_of_one_run_can_be_trained_in_another(sparse: Config, dense: Config, tmp_path: Path) -> None:
     train(sparse(folder="first"))
     masks = tmp_path / "first" / "masks.safetensors"
@@ -306,16 +373,39 @@ def test_processes_that_share_the_stamp_share_the_run_folder(command: Callable[.
         (["+experiment=digits_gmp", "method.schedule.final=80"], "Write 0.8 for 80"),
         (["hydra.run.dir=file/run"], "Folders are chosen by hydra.run.dir="),
         (["ckpt_path=nowhere"], "ckpt_path=nowhere does not exist"),
+        (["ckpt_path=weights.safetensors"], "holds weights alone, from which no run goes on. Give <run>/checkpoints/"),
+        (["ckpt_path=torn.ckpt"], "ckpt_path=torn.ckpt cannot be read as a checkpoint"),
+        (["ckpt_path=text.csv"], "ckpt_path=text.csv cannot be read as a checkpoint"),
+        (["init_from=torn.ckpt"], "init_from=torn.ckpt cannot be read: "),
+        (["init_from=torn.safetensors"], "init_from=torn.safetensors cannot be read: "),
+        (["init_from=text.csv"], "init_from=text.csv cannot be read: it is neither safetensors nor what torch"),
+        (["optim.lr=abc"], "optim.lr=abc is not a number. Give one, such as optim.lr=1."),
+        (["trainer.max_epochs=abc"], "trainer.max_epochs=abc is not a number"),
+        (["trainer=cpu", "trainer.devices=abc"], "refuses its settings (accelerator=cpu devices=abc precision=32-true"),
+        (["matmul_precision=hihg"], "matmul_precision=hihg is unknown. Choose one of highest, high, medium."),
     ],
 )
 def test_bad_input_is_answered_in_a_few_lines(
     command: Callable[..., None], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "file").write_text("")
+    (tmp_path / "text.csv").write_text("step,train/loss\n1,2\n")
+    save_file({"weight": torch.zeros(3000)}, tmp_path / "weights.safetensors")
+    torch.save({"global_step": 1, "state_dict": {"weight": torch.zeros(3000)}}, tmp_path / "whole.ckpt")
+    for name, whole in (("torn.ckpt", "whole.ckpt"), ("torn.safetensors", "weights.safetensors")):
+        (tmp_path / name).write_bytes((tmp_path / whole).read_bytes()[:9000])
     with pytest.raises(SystemExit) as error:
         command(*arguments)
     assert message in str(error.value)
     assert str(error.value).startswith("\nerror: ")
+
+
+def test_a_gpu_that_is_not_there_is_answered_with_what_runs_without_one(
+    command: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match=r"refuses its settings \(accelerator=gpu .*trainer=cpu needs no GPU"):
+        command("trainer=gpu")
 
 
 @pytest.mark.slow
@@ -325,6 +415,15 @@ def test_a_run_in_spawned_processes_leaves_its_files_too(sparse: Config, tmp_pat
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["steps"], summary["sparsity"], summary["device"]["processes"]) == (6, 0.75, 2)
     assert summary["kept"] == sum(int(m.sum()) for m in load_masks(tmp_path / "run" / "masks.safetensors").values())
+
+
+@pytest.mark.slow
+def test_a_run_in_spawned_processes_validates_the_network_that_is_left(sparse: Config, tmp_path: Path) -> None:
+    place = ("trainer.devices=2", "trainer.strategy=ddp_spawn", "method.schedule.end=5it", "optimized_metric=val/loss")
+    every_epoch = train(sparse(*place, folder="every"))
+    table = (tmp_path / "every" / "sparsity.csv").read_bytes()
+    assert train(sparse(*place, "trainer.check_val_every_n_epoch=2", folder="second")) == every_epoch
+    assert (tmp_path / "second" / "sparsity.csv").read_bytes() == table
 
 
 @pytest.mark.slow

@@ -53,6 +53,15 @@ def test_revived_counts_nonzero_and_nan_weights_under_a_false_mask():
     assert [layer.revived for layer in measure(network, masks).layers] == [0, 2, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_float_example_is_cast_to_the_modules_dtype_and_tokens_are_not(dtype):
+    network = LeNet300100().to(dtype)
+    assert measure(network, {}, torch.randn(1, 1, 28, 28)).dense_flops == 2 * 266_200
+    assert sum(cost(network, torch.randn(1, 1, 28, 28)).values()) == 2 * 266_200
+    tokens = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2)).to(dtype)
+    assert measure(tokens, {}, torch.zeros(1, 3, dtype=torch.int64)).dense_flops == 2 * 3 * 4 * 2
+
+
 def test_lenet_flops_are_two_per_weight_and_theoretical_ones_two_per_kept_weight():
     network = LeNet300100()
     masks = masks_of(network, 0.3)

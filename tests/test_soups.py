@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparsetrain import prune, save_masks
-from sparsetrain.soups import distances, greedy, recalibrate, uniform
+from sparsetrain.soups import RunningMean, distances, greedy, recalibrate, uniform
 from sparsetrain.soups.members import AT_ONCE, MAPPED, opened
 
 LONG = 2 * AT_ONCE + 3  # read in three parts
@@ -61,6 +61,55 @@ def test_a_soup_of_equal_members_is_that_member_bit_for_bit(tmp_path, count):
     if count in (3, 5, 7):  # what a sum would have given
         total = sum(itertools.repeat(state["wide.bias"], count - 1), state["wide.bias"])
         assert not torch.equal(total / count, state["wide.bias"])
+
+
+INFINITE = {
+    "causal": torch.full((4, 4), -math.inf).triu(1),
+    "half": torch.tensor([math.inf, 1.0, -math.inf]).bfloat16(),
+    "w": torch.tensor([2.0, -0.0]),
+}
+
+
+def running(members: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    mean = RunningMean()
+    for state in members:
+        mean.add(state)
+    return mean.tensors
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_an_infinity_that_all_members_hold_is_that_of_the_soup(tmp_path, count):
+    others = [INFINITE | {"w": torch.tensor([2.0 + number, -0.0])} for number in range(count)]
+    for soup in (
+        uniform(others),
+        uniform(others, [{}] * count),
+        uniform(saved(tmp_path, others)),
+        {name: tensor.to(INFINITE[name].dtype) for name, tensor in running(others).items()},
+    ):
+        assert {name: bits(soup[name]) for name in ("causal", "half")} == {
+            name: bits(INFINITE[name]) for name in ("causal", "half")
+        }
+        assert soup["w"].tolist() == [2 + (count - 1) / 2, 0.0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (math.inf, math.inf, 1.0),
+        (math.inf, 1.0, math.inf),
+        (1.0, math.inf, math.inf),
+        (math.inf, -math.inf, math.inf),
+        (math.inf, math.inf, math.nan),
+        (math.nan, math.nan, math.nan),
+        (-3e38, -3e38, 3e38),
+    ],
+)
+def test_a_mean_that_is_not_finite_is_refused_where_not_all_hold_the_same_infinity(values):
+    members = [INFINITE | {"w": torch.tensor([value])} for value in values]
+    with pytest.raises(ValueError, match="The mean of 'w' is not finite: a member has diverged"):
+        uniform(members, [{}] * 3)
+    with pytest.raises(ValueError, match="The mean of 'w' is not finite: a member has diverged"):
+        running(members)
 
 
 def test_a_soup_is_the_float64_mean_in_each_members_type_with_the_zeros_of_the_masks(tmp_path):
@@ -248,6 +297,11 @@ def test_distances_are_those_of_all_weights_without_the_statistics_of_batch_norm
         found = distances(given)
         torch.testing.assert_close(found, expected, atol=0.0, rtol=1e-12)
         assert found[1, 3] == 0.0
+
+
+def test_an_infinity_that_members_share_is_no_distance():
+    found = distances([INFINITE, INFINITE | {"w": torch.tensor([5.0, 4.0])}])
+    assert found.tolist() == [[0.0, 5.0], [5.0, 0.0]]
 
 
 class Net(nn.Module):

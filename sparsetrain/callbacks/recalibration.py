@@ -75,7 +75,8 @@ def inputs_of(trainer: L.Trainer, pl_module: L.LightningModule, batches: Iterabl
         ValueError: a batch that does not begin with a tensor.
     """
     for batch in batches:
-        batch = pl_module.on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+        # The private form calls the hook of a data module that has one, as `batch_to_device` does with the other hooks.
+        batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
         inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
         if not isinstance(inputs, Tensor):

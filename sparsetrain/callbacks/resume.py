@@ -21,9 +21,11 @@ class ExactResume(L.Callback):
     checkpoints at the end of an epoch. Validation does not advance the random streams, so a run is the same however
     often it is validated. On several processes, gradients accumulated before a checkpoint are restored as their mean,
     which is the same sum in another order. A checkpoint written amid a batch, as by `OnExceptionCheckpoint`, goes on
-    with the next batch.
+    with the next batch. Under manual optimization, where only the module knows what it accumulates, gradients are part
+    of every checkpoint.
 
-    Private names of Lightning are used here, and one in `checkpoints`; tests fail if they are renamed.
+    Private names of Lightning are used here, and one each in `checkpoints` and `recalibration`; tests fail if they are
+    renamed.
     """
 
     def __init__(self) -> None:
@@ -45,7 +47,7 @@ class ExactResume(L.Callback):
         if state is None:
             return  # only weights are saved
         state["metrics"] = dict(trainer.callback_metrics)
-        if trainer.fit_loop._should_accumulate():
+        if trainer.fit_loop._should_accumulate() or not pl_module.automatic_optimization:
             gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
             state["gradients"] = {
                 name: trainer.strategy.reduce(gradient.detach(), reduce_op="mean")

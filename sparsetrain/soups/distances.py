@@ -29,5 +29,6 @@ def distances(members: Sequence[Member]) -> Tensor:
                 pieces = [source.read(name, part).to(torch.float64, copy=True) for source in sources]
                 for i, one in enumerate(pieces):
                     for j, other in enumerate(pieces[:i]):
-                        squares[i, j] += (one - other).square().sum()
+                        # Where both are the same infinity, their difference is NaN.
+                        squares[i, j] += (one - other).masked_fill_(one == other, 0).square().sum()
     return (squares + squares.T).sqrt()

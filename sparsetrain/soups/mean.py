@@ -27,8 +27,9 @@ def uniform(members: Sequence[Member], masks: Sequence[MemberMasks] | None = Non
 
     Files are read a stretch at a time, so memory holds the soup and one pair of masks, however many members there are.
     Each mean is a running one in float32 (float64 of float64 weights), rounded to the members' type: members that are
-    equal give themselves, bit for bit. Of `num_batches_tracked` the largest is taken; other integers and bools have to
-    be equal. The running statistics of batch norm are averaged as well; see `recalibrate` for better ones.
+    equal give themselves, bit for bit; an infinity that all hold, as in a causal mask, stays. Of `num_batches_tracked`
+    the largest is taken; other integers and bools have to be equal. The running statistics of batch norm are averaged
+    as well; see `recalibrate` for better ones.
 
     Args:
         members: of the same names, shapes and types.
@@ -40,7 +41,7 @@ def uniform(members: Sequence[Member], masks: Sequence[MemberMasks] | None = Non
 
     Raises:
         ValueError: no members; members that differ in a name, shape or type; masks that differ, or fit no member; a
-            mean that is not finite; a file that is no whole safetensors file.
+            mean that is not finite, but for infinities that all hold; a file that is no whole safetensors file.
 
     Source: Zimmer et al. 2024, arXiv:2306.16788; Wortsman et al. 2022, arXiv:2203.05482 (uniform soup).
     """
@@ -83,7 +84,7 @@ class RunningMean:
         """Take in a member with the names and shapes of the others.
 
         Raises:
-            ValueError: a mean that is not finite, or integers that differ.
+            ValueError: as `uniform`: a mean that is not finite, or integers that differ.
         """
         self.count += 1
         for name, tensor in member.items():
@@ -93,19 +94,16 @@ class RunningMean:
             mean, piece = self.tensors[name].view(-1), tensor.detach().cpu().reshape(-1)
             for part in parts(len(mean)):
                 if mean.is_floating_point():
-                    _take_in_(mean[part], piece[part], self.count)
+                    _take_in_(mean[part], name, [piece[part]], self.count)
                 else:
                     mean[part] = _merge(name, (mean[part], piece[part]))
-            _check_finite(name, mean)
 
 
 def _write_mean_(out: Tensor, name: str, pieces: Iterable[Tensor]) -> None:
     pieces = iter(pieces)
     mean = out if out.dtype == _mean_type(out) else torch.empty_like(out, dtype=_mean_type(out))
     mean.copy_(next(pieces))
-    for number, piece in enumerate(pieces, 2):
-        _take_in_(mean, piece, number)
-    _check_finite(name, mean)
+    _take_in_(mean, name, pieces, 2)
     if mean is not out:
         out.copy_(mean)
 
@@ -114,18 +112,28 @@ def _mean_type(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
 
 
-def _take_in_(mean: Tensor, piece: Tensor, number: int) -> None:
-    # m - (m - x) / number, from a weight of 0.5 on: where x is m this is m, also -0.0; k * m / k is rounded twice.
-    torch.lerp(_as(mean.dtype, piece), mean, 1 - 1 / number, out=mean)
+def _take_in_(mean: Tensor, name: str, pieces: Iterable[Tensor], first: int) -> None:
+    """Make the `mean` of the members before the one numbered `first` that of all to the last of `pieces`."""
+    infinite = None if _is_finite(mean) else mean.isinf()
+    for number, piece in enumerate(pieces, first):
+        piece = _as(mean.dtype, piece)
+        equal = None if infinite is None else infinite & (piece == mean)
+        # m - (m - x) / number, from a weight of 0.5 on: where x is m this is m, also -0.0; k * m / k is rounded twice.
+        torch.lerp(piece, mean, 1 - 1 / number, out=mean)
+        if equal is not None:
+            mean[equal] = piece[equal]  # of two infinities this is NaN, and stays so where they differ
+    if not _is_finite(mean):
+        right = mean.isfinite() if infinite is None else mean.isfinite() | (infinite & mean.isinf())
+        if not bool(right.all()):
+            raise ValueError(f"The mean of {name!r} is not finite: a member has diverged. Leave it out.")
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a `to` that does nothing takes time too
 
 
-def _check_finite(name: str, mean: Tensor) -> None:
-    if mean.is_floating_point() and not math.isfinite(float(mean.sum())) and not bool(mean.isfinite().all()):
-        raise ValueError(f"The mean of {name!r} is not finite: a member has diverged. Leave it out.")
+def _is_finite(tensor: Tensor) -> bool:
+    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())
 
 
 def _write_mean_with_zeros_(out: Tensor, name: str, pieces: Iterable[Tensor], labels: Sequence[str]) -> None:

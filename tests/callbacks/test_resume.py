@@ -1,11 +1,12 @@
 import inspect
 import random
+from typing import Any
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from conformance.harness import fit, seed_all
+from conformance.harness import PlainModule, SaveEverywhere, SaveNowhere, assert_same, fit, seed_all
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.loops import evaluation_loop, fit_loop, training_epoch_loop
 from lightning.pytorch.loops.fetchers import _DataFetcher
@@ -34,6 +35,7 @@ EVALUATION = evaluation_loop._EvaluationLoop
         (training_epoch_loop.RestartStage, "RESTARTED_ON_LAST"),
         (evaluation_loop.RestartStage, "RESTARTED_MID_EVALUATION"),
         (_DataFetcher, "__iter__"),
+        (L.LightningModule, "_on_before_batch_transfer"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -91,3 +93,39 @@ def test_a_second_fit_is_not_taken_for_a_resumed_one(tmp_path):
     callback.setup(first.trainer, first.module, "fit")
     callback.on_train_start(first.trainer, first.module)
     assert callback._restored is None
+
+
+class ManuallyAccumulating(PlainModule):
+    """Steps by itself after every third batch of the run, also across epochs.
+
+    Args:
+        cleared: whether validation clears the gradients, as Lightning has it.
+    """
+
+    def __init__(self, *, cleared: bool) -> None:
+        super().__init__()
+        self.automatic_optimization, self.cleared = False, cleared
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx) / 3)
+        if (self.trainer.fit_loop.total_batch_idx + 1) % 3 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def on_validation_model_zero_grad(self) -> None:
+        if self.cleared:
+            super().on_validation_model_zero_grad()
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+def test_gradients_accumulated_under_manual_optimization_are_restored_from_every_checkpoint(tmp_path, cleared):
+    def train(*callbacks: L.Callback, **settings: Any) -> Any:
+        make = lambda: ManuallyAccumulating(cleared=cleared)  # noqa: E731
+        return fit(*callbacks, make=make, max_epochs=2, val_check_interval=4, **settings).outcome()
+
+    saver = SaveEverywhere(tmp_path)
+    whole = train(saver)
+    assert len(saver.saved) == 14
+    for saved in saver.saved:
+        assert_same(whole, train(SaveNowhere(), ckpt_path=saved.path))

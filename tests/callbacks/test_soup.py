@@ -62,7 +62,20 @@ def cooked(callback: SparseModelSoup, *others: L.Callback, **settings: Any) -> t
     return run, record, ends
 
 
+class Causal(TinyModule):
+    """With a buffer that holds infinities, as a causal mask does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("causal", torch.full((4, 4), -torch.inf).triu(1))
+
+
 # Soups
+
+
+def test_a_buffer_of_infinities_that_ingredients_share_is_that_of_the_soup():
+    run, _, _ = cooked(soup(rounds=1, ingredients=3), make=Causal)
+    assert_same(run.module.causal, Causal().causal)
 
 
 def test_a_round_ends_with_the_float64_mean_of_its_ingredients_and_with_uniform_s_soup_bit_for_bit():
@@ -245,6 +258,31 @@ def test_the_soups_batch_norm_has_the_statistics_of_a_fifth_of_the_batches_in_a_
     members = [ends.states[place] for place in (2 * EPOCH - 1, 3 * EPOCH - 1)]
     averaged = torch.stack([member["body.1.running_mean"] for member in members]).mean(0).double()
     assert (averaged - mean).abs().max() > 1e-3  # which the averages of their statistics are not
+
+
+class Darkened(L.LightningDataModule):
+    """Subtracts from the images before they are moved."""
+
+    def train_dataloader(self) -> Any:
+        return loaders()["train_dataloaders"]
+
+    def val_dataloader(self) -> Any:
+        return loaders()["val_dataloaders"]
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] - 3, batch[1]
+
+
+@pytest.mark.filterwarnings("ignore:You have overridden `on_after_batch_transfer` in `LightningModule` but")
+def test_recalibration_sees_the_batches_as_a_hook_of_the_data_module_changes_them():
+    _, record, _ = cooked(soup(rounds=1, ingredients=2), make=Quiet, data={"datamodule": Darkened()})
+    made = record.ends[3 * EPOCH - 1].module
+    module = Quiet()
+    module.load_state_dict(made)
+    batches = [x - 3 for x, _ in loaders()["train_dataloaders"].fresh(recalibration_seed(3))]
+    mean, variance = statistics_by_hand(module, batches[:1])
+    torch.testing.assert_close(made["body.1.running_mean"].double(), mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(made["body.1.running_var"].double(), variance, rtol=0, atol=1e-5)
 
 
 def plain(generator: torch.Generator | None = None) -> DataLoader:

@@ -92,7 +92,8 @@ class Masks(Mapping[str, Tensor]):
         Weights are left alone; call `apply_` to zero them.
 
         Raises:
-            ValueError: a glob that matches nothing, nothing to prune, or loaded masks that belong to another model.
+            ValueError: a glob that matches nothing, nothing to prune, a parameter of complex numbers or integers, or
+                loaded masks that belong to another model.
         """
         self.plan = tuple(
             replace(row, pruned=True, reason="pruned") if row.name in self._also else row
@@ -103,6 +104,7 @@ class Masks(Mapping[str, Tensor]):
         everywhere = list(module.named_parameters(remove_duplicate=False))
         self._aliases = {name: [n for n, p in everywhere if p is self.parameter(name)] for name in names}
         for name in names:
+            _check_real(self.parameter(name), name)
             self.pruning.pattern.reachable(self.parameter(name).shape, 0)  # raises where the pattern does not fit
         self._masks = {name: torch.ones_like(self.parameter(name), dtype=torch.bool) for name in names}
         self._kept = {name: mask.numel() for name, mask in self._masks.items()}
@@ -127,11 +129,16 @@ class Masks(Mapping[str, Tensor]):
         return dict(self._kept)
 
     def sparsity(self) -> float:
-        """The share of False over all masks, in [0, 1]."""
-        return 1.0 - sum(self._kept.values()) / self.total
+        """The share of False over all masks, in [0, 1]; 0 of parameters without elements.
+
+        Raises:
+            RuntimeError: not bound.
+        """
+        self._check_bound()
+        return 1.0 - sum(self._kept.values()) / self.total if self.total else 0.0
 
     @torch.no_grad()
-    def update(self, sparsity: float, *, regrow: bool = False, step: int = 0) -> Update:
+    def update(self, sparsity: float, *, regrow: bool = False, step: int = 0, trial: bool = False) -> Update:
         """Make new masks, of exactly the sparsity asked for: n - floor(sparsity * n + 0.5) of n weights are kept.
 
         A pattern may express only some counts; then each tensor gets the nearest one. Weights are left alone; call
@@ -141,14 +148,15 @@ class Masks(Mapping[str, Tensor]):
             sparsity: share of zeros over all maskable weights, in [0, 1).
             regrow: whether pruned weights compete again. If not, the new masks lie within the old ones.
             step: the optimizer step; names the stream of criteria that draw random numbers.
+            trial: whether pruning is only tried, as by `fast_dev_run`, which is too short for statistics of any step.
 
         Raises:
             ValueError: no sparsity; below the present one without `regrow`; floors that exceed what is kept.
-            RuntimeError: not bound; a score that is not finite; a gradient that the criterion needs and is missing.
+            RuntimeError: not bound; a score that is not finite; a gradient, or a step with one, that the criterion
+                needs and is missing.
         """
         check_sparsity(sparsity, "sparsity")
-        if not self._masks:
-            raise RuntimeError("The masks belong to no module yet. Call masks.bind(module) first.")
+        self._check_bound()
         asked, present = self.total - math.floor(sparsity * self.total + 0.5), sum(self._kept.values())
         if not regrow and asked > max(self._asked, present):
             raise ValueError(
@@ -162,9 +170,12 @@ class Masks(Mapping[str, Tensor]):
         candidates = Candidates([mask.shape for mask in self.values()], available, list(scores.values()))
         budget = self.pruning.allocation.divide(candidates, asked if regrow else min(asked, present))
         pattern = self.pruning.pattern
+        counts = [pattern.reachable(self[name].shape, count) for name, count in zip(self, budget.kept, strict=True)]
+        if counts != available and not trial:
+            self._check_observed(step)
         dropped, grown = {}, {}
-        for name, count in zip(self, budget.kept, strict=True):
-            new = pattern.mask(scores[name](), pattern.reachable(self[name].shape, count), budget.cut)
+        for name, count in zip(self, counts, strict=True):
+            new = pattern.mask(scores[name](), count, budget.cut)
             old = self.on(name, new)
             self._kept[name] = _count(new)
             dropped[name] = _count(old & ~new)
@@ -301,6 +312,19 @@ class Masks(Mapping[str, Tensor]):
             for row in self.plan
         )
 
+    def _check_bound(self) -> None:
+        if not self._masks:
+            raise RuntimeError("The masks belong to no module yet. Call masks.bind(module) first.")
+
+    def _check_observed(self, step: int) -> None:
+        for name in self:
+            if not self.stats.observed(name):
+                raise RuntimeError(
+                    f"{type(self.pruning.criterion).__name__} needs steps of {name!r} with a gradient, and none was "
+                    f"observed before step {step}: its scores are all 0. Prune later, after a dense phase, or give "
+                    "`prune` stats; if it is frozen or unused, add it to `exclude`."
+                )
+
     def _raw_score(self, name: str, step: int) -> Tensor:
         parameter = self.parameter(name)
         evidence = dict(self.stats.get(name, parameter))
@@ -366,6 +390,14 @@ def masks_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def _owner(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, attribute = name.rpartition(".")
     return module.get_submodule(path), attribute
+
+
+def _check_real(parameter: Tensor, name: str) -> None:
+    if not parameter.is_floating_point():
+        raise ValueError(
+            f"{name!r} is {parameter.dtype}; masks are for parameters of real floating-point numbers. Add it to "
+            "`exclude`."
+        )
 
 
 def _multiply_(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:

@@ -29,23 +29,26 @@ class Stats:
     @torch.no_grad()
     def observe_step(self, name: str, weight: Tensor, grad: Tensor) -> None:
         """Take in one optimizer step of the parameter `name`; `grad` final and unscaled, both of any one shape."""
-        totals = self.get(name, weight)
+        totals = self._totals[name] = dict(self.get(name, weight))
         for statistic, total in totals.items():
             _ACCUMULATE[statistic](total, weight, grad)
 
+    def observed(self, name: str) -> bool:
+        """Whether a step of the parameter `name` has been taken in; without one its statistics say nothing."""
+        return self.names <= self._totals.get(name, {}).keys()
+
     def get(self, name: str, weight: Tensor) -> Mapping[str, Tensor]:
         """The accumulators of the parameter `name` by statistic, zero before the first step."""
-        totals = self._totals.setdefault(name, {})
-        for statistic in self.names:
-            held = totals.get(statistic)
-            if held is None:
-                totals[statistic] = torch.zeros_like(weight, dtype=torch.float32)
-            elif held.device != weight.device:
-                totals[statistic] = held.to(weight.device)
-        return totals
+        held = self._totals.get(name, {})
+        return {
+            statistic: held[statistic].to(weight.device)
+            if statistic in held
+            else torch.zeros_like(weight, dtype=torch.float32)
+            for statistic in self.names
+        }
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Accumulators by parameter and statistic."""
+        """Accumulators by parameter and statistic, of the parameters of which a step was observed."""
         return {name: dict(totals) for name, totals in self._totals.items()}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:

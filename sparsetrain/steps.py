@@ -50,8 +50,8 @@ def parse_steps(length: int | str, run: RunLength) -> int:
         return math.floor(number * run.steps_per_epoch + 0.5)
     if run.total_steps is None:
         raise ValueError(
-            f"{length!r} is a share of the run, but the run has no fixed end. Set max_epochs or max_steps, "
-            "or give steps such as '500it'."
+            f"{length!r} is a share of the run, but the run has no fixed end. Set max_epochs or max_steps (with "
+            "several optimizers only max_epochs tells it), or give steps such as '500it'."
         )
     return math.floor(number * run.total_steps + 0.5)
 

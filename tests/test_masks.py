@@ -11,6 +11,7 @@ from sparsetrain.allocation import ERK, LAMP, Global, Uniform
 from sparsetrain.criteria import Criterion, Movement, Random, Saliency
 from sparsetrain.masks import Masks, Pruning, prune
 from sparsetrain.models.cifar_resnet import resnet20
+from sparsetrain.patterns import NM
 from sparsetrain.selection import Selection, first_and_last
 from sparsetrain.stats import Stats
 
@@ -216,9 +217,25 @@ def test_a_missing_gradient_is_an_error_that_names_the_tensor():
     assert masks.sparsity() == 0.0
 
 
-def test_an_update_before_bind_is_an_error():
+@pytest.mark.parametrize("use", [lambda masks: masks.update(0.5), Masks.sparsity])
+def test_use_before_bind_is_an_error(use):
     with pytest.raises(RuntimeError, match=r"Call masks.bind\(module\) first"):
-        Masks().update(0.5)
+        use(Masks())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+def test_parameters_without_elements_have_no_sparsity():
+    masks = prune(nn.Linear(0, 4), 0.5)
+    assert (masks.sparsity(), masks.total) == (0.0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.cfloat, torch.uint8])
+def test_parameters_of_other_than_real_numbers_are_refused(dtype):
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3))
+    module[1].weight = nn.Parameter(torch.ones(3, 3).to(dtype), requires_grad=dtype.is_complex)
+    with pytest.raises(ValueError, match=rf"'1\.weight' is {dtype}; masks are for .*Add it to `exclude`"):
+        Masks().bind(module)
+    assert list(prune(module, 0.5, Pruning(Selection(exclude=("1.weight",))))) == ["0.weight"]
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, math.nan, 80])
@@ -291,6 +308,64 @@ def test_prune_takes_statistics():
     stats.observe_step("weight", torch.ones(1, 4), torch.tensor([[1.0, -1.0, 2.0, -2.0]]))
     masks = prune(module, 0.5, Pruning(criterion=Movement()), stats=stats)
     assert masks["weight"].tolist() == [[False, True, False, True]]
+
+
+def observed(module, names=NAMES, value=1.0):
+    stats = Stats(Movement.needs)
+    for name in names:
+        weight = module.get_parameter(name)
+        stats.observe_step(name, weight, torch.full_like(weight, value))
+    return stats
+
+
+@pytest.mark.parametrize("names", [[], NAMES[:1]])
+def test_pruning_by_movement_without_an_observed_step_is_an_error_that_names_the_tensor(names):
+    module = net()
+    before = copy.deepcopy(module.state_dict())
+    message = f"Movement needs steps of '{NAMES[len(names)]}' with a gradient, and none was observed before step 0"
+    with pytest.raises(RuntimeError, match=message + r".*Prune later.* give `prune` stats.*add it to `exclude`"):
+        prune(module, 0.5, Pruning(criterion=Movement()), stats=observed(module, names))
+    assert same(module.state_dict(), before)
+
+
+def test_scores_of_zero_after_an_observed_step_are_accepted():
+    module = net()
+    masks = prune(module, 0.5, Pruning(criterion=Movement()), stats=observed(module, value=0.0))
+    assert sum(masks.kept.values()) == TOTAL // 2
+
+
+@pytest.mark.parametrize("regrow", [False, True])
+def test_an_update_that_prunes_nothing_needs_no_observed_step(regrow):
+    masks = bound(net(), Pruning(criterion=Movement()))
+    masks.update(0.0, regrow=regrow)
+    assert masks.sparsity() == 0.0
+
+
+def test_a_trial_needs_no_observed_step():
+    masks = bound(net(), Pruning(criterion=Movement()))
+    masks.update(0.5, trial=True)
+    assert sum(masks.kept.values()) == TOTAL // 2
+
+
+def test_a_pattern_that_prunes_at_a_sparsity_of_zero_needs_an_observed_step():
+    module = nn.Linear(8, 4)
+    masks = bound(module, Pruning(criterion=Movement(), pattern=NM(2, 4)))
+    with pytest.raises(RuntimeError, match="Movement needs steps of 'weight' with a gradient"):
+        masks.update(0.0)
+    assert masks.sparsity() == 0.0
+    masks.stats = observed(module, ["weight"])
+    masks.update(0.0)
+    assert masks.sparsity() == 0.5
+
+
+def test_a_loaded_state_knows_which_parameters_were_observed():
+    module = net()
+    for names in ([], NAMES[:1], NAMES):
+        first, second = bound(module, Pruning(criterion=Movement())), bound(module, Pruning(criterion=Movement()))
+        first.stats = observed(module, names)
+        first.update(0.0)
+        second.load_state_dict(first.state_dict())
+        assert [name for name in NAMES if second.stats.observed(name)] == names
 
 
 def test_prune_that_fails_leaves_the_weights():

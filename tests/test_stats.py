@@ -24,6 +24,15 @@ def test_accumulators_are_zero_before_the_first_step_and_separate_by_name():
     assert stats.get("a", torch.ones(3))["movement"].tolist() == [-1.0] * 3
 
 
+def test_reading_is_not_observing():
+    stats = Stats(frozenset({"movement"}))
+    stats.get("a", torch.ones(3))
+    assert (stats.observed("a"), stats.state_dict()) == (False, {})
+    stats.observe_step("a", torch.zeros(3), torch.ones(3))
+    assert stats.observed("a")
+    assert not stats.observed("b")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_accumulators_are_float32_and_take_weights_of_any_float_type(dtype):
     stats = Stats(frozenset({"movement"}))

@@ -10,12 +10,19 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
 from sparsetrain.callbacks.follower import OptimizerFollower
-from sparsetrain.callbacks.trainer import callbacks_of, has_scaler, run_length, set_callbacks
+from sparsetrain.callbacks.trainer import (
+    callbacks_of,
+    gradient_scale,
+    has_scaler,
+    is_fast_dev_run,
+    run_length,
+    set_callbacks,
+)
 from sparsetrain.masks import Masks, Pruning, Update
 from sparsetrain.report import plan_table
 from sparsetrain.selection import PlanRow
@@ -31,7 +38,8 @@ class SparsityCallback(L.Callback, ABC):
 
     Steps are real optimizer steps: one that a gradient scaler skips does not count. With several optimizers those of
     the first one that holds a pruned weight are counted, also under manual optimization; "ep" then takes it that this
-    optimizer steps once per batch.
+    optimizer steps once per batch. Parameters that come into an optimizer during training are followed from their first
+    step on, and an optimizer that takes the place of the one that is counted is counted on.
 
     Args:
         pruning: what is pruned, scored and allocated how.
@@ -52,6 +60,7 @@ class SparsityCallback(L.Callback, ABC):
     step: int
     run: RunLength
     _restored: Mapping[str, Any] | None
+    _before: tuple[int, int]  # epochs and steps that the Trainer had made before this run, in former fits
     _final_step: int | None
     _updated_at: int
     _follower: OptimizerFollower | None
@@ -131,10 +140,17 @@ class SparsityCallback(L.Callback, ABC):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = state_dict  # used at train start: weights and devices are not settled before
+        # Without shapes it was saved before training, as tuners do, and holds nothing.
+        if state_dict["shapes"]:
+            self._restored = state_dict  # used at train start: weights and devices are not settled before
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.run = run_length(trainer)
+        if self._restored is None:
+            self._before = trainer.current_epoch, trainer.global_step
+        else:
+            epochs, steps = self._restored.get("before", (0, 0))
+            self._before = epochs, steps
+        self.run = run_length(trainer, epochs_before=self._before[0], steps_before=self._before[1])
         self.prepare(trainer)
         self.take_hold(trainer, pl_module)
         self._final_step = self.final_step()
@@ -181,10 +197,13 @@ class SparsityCallback(L.Callback, ABC):
         self.apply()  # weight averaging may have written its averages
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.apply()
+        if trainer.state.fn == TrainerFn.FITTING:  # afterwards any weights may be validated
+            self.apply()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         assert self._follower is not None
+        if self._follower.before_step(optimizer, trainer.optimizers):
+            self.hold_zeros()
         held = self._follower.held(optimizer)
         due = optimizer is self._follower.counted and self._updated_at != self.step  # a closure may be called often
         target = self.target(self.step) if due else None
@@ -200,10 +219,12 @@ class SparsityCallback(L.Callback, ABC):
                 )
         # A step with such gradients is skipped by a gradient scaler, and its update is then made at the repetition.
         if self.masks.stats.names and not (has_scaler(trainer) and self._not_finite(held)):
+            scale = gradient_scale(trainer, optimizer)
             for name in held:
                 parameter = self.masks.parameter(name)
                 if parameter.grad is not None:
-                    self.masks.stats.observe_step(name, parameter, parameter.grad)
+                    gradient = parameter.grad if scale == 1 else parameter.grad / scale
+                    self.masks.stats.observe_step(name, parameter, gradient)
         self.masks.zero_grads_(self._follower.pruned(optimizer))
 
     def on_train_batch_end(
@@ -228,6 +249,8 @@ class SparsityCallback(L.Callback, ABC):
         }
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return  # the module may hold any weights
         # "current_model_state": where Lightning's weight averaging puts the live weights.
         for key in ("state_dict", "current_model_state"):
             if key in checkpoint:
@@ -247,6 +270,7 @@ class SparsityCallback(L.Callback, ABC):
         return {
             **self.masks.state_dict(),
             "step": self.step,
+            "before": list(self._before),
             "history": [vars(update) for update in self.history],
         }
 
@@ -255,6 +279,13 @@ class SparsityCallback(L.Callback, ABC):
             self._follower.read_verdicts()
         self.apply()
         self._detach()
+        final = self._final_step
+        if final is not None and not self.at_target and (target := self.target(final)) is not None:
+            rank_zero_warn(
+                f"The run ended at step {self.step} with sparsity {self.masks.sparsity():.4f}, before the update to "
+                f"{target} at step {final}. Train longer, or prune earlier; steps that a gradient scaler skips do not "
+                "count."
+            )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self.masks and self._restored is not None:  # resumed from the end of the run: nothing was left to train
@@ -274,6 +305,7 @@ class SparsityCallback(L.Callback, ABC):
         self.step = 0
         self.run = RunLength(None, None)
         self._restored = None
+        self._before = 0, 0
         self._follower = None
         self._updated_at = -1
         self._final_step = None
@@ -308,7 +340,8 @@ class SparsityCallback(L.Callback, ABC):
         assert self._follower is not None
         if self.regrow:
             self._follower.refresh_state()  # for what comes back
-        self.history.append(self.masks.update(target, regrow=self.regrow, step=self.step))
+        trial = is_fast_dev_run(trainer)
+        self.history.append(self.masks.update(target, regrow=self.regrow, step=self.step, trial=trial))
         self._masks_changed(trainer)
 
     def _masks_changed(self, trainer: L.Trainer) -> None:
@@ -328,6 +361,7 @@ class SparsityCallback(L.Callback, ABC):
 
     def _not_finite(self, names: Iterable[str]) -> str | None:
         """The first of the parameters `names` whose gradient is not finite."""
-        grads = {name: grad for name in names if (grad := self.masks.parameter(name).grad) is not None}
+        found = {name: self.masks.parameter(name).grad for name in names}
+        grads = {name: grad for name, grad in found.items() if grad is not None and grad.numel()}
         norms = torch._foreach_norm(list(grads.values()), math.inf) if grads else []
         return next((name for name, norm in zip(grads, norms, strict=True) if not math.isfinite(float(norm))), None)

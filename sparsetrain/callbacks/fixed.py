@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.mask_files import load_masks
@@ -23,7 +25,8 @@ class FixedMasks(SparsityCallback):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that holds no masks; at the start of the fit, names or shapes that the module does not have.
+        ValueError: a file that holds no masks, or that cannot be read safely; at the start of the fit, names or shapes
+            that the module does not have.
     """
 
     def __init__(self, masks: Mapping[str, Tensor] | str | Path, *, check: str = "cheap") -> None:
@@ -35,6 +38,13 @@ class FixedMasks(SparsityCallback):
 
     def target(self, step: int) -> float | None:
         return None
+
+    def final_step(self) -> int:
+        return 0
+
+    @property
+    def at_target(self) -> bool:
+        return True
 
     def _begin(self) -> None:
         super()._begin()
@@ -69,8 +79,23 @@ def _read(path: Path) -> dict[str, Tensor]:
         )
     if path.suffix == ".safetensors":
         return load_masks(path)
-    states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
+    try:
+        states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
+    except UnpicklingError:
+        raise ValueError(_why_unsafe(path)) from None
     found = [s for s in states.values() if isinstance(s, dict) and "masks" in s and "shapes" in s]
     if len(found) != 1:
         raise ValueError(f"{path} holds the masks of {len(found)} sparsity callbacks; it must be exactly one.")
     return masks_in(found[0])
+
+
+def _why_unsafe(path: Path) -> str:
+    try:
+        classes = ", ".join(sorted(get_unsafe_globals_in_checkpoint(path)))
+    except ValueError:
+        return f"{path} is no checkpoint. Give a masks.safetensors file or a checkpoint of a sparse run."
+    return (
+        f"{path} does not load safely: beside tensors and plain types it holds {classes}, perhaps as hyperparameters. "
+        "Give a file that save_masks(callback.masks, path) wrote; or, if you trust this one, call "
+        "torch.serialization.add_safe_globals with these classes first."
+    )

@@ -9,7 +9,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.optimizer_snapshot import OptimizerSnapshot
@@ -183,6 +183,16 @@ class IterativeMagnitudePruning(SparsityCallback):
         if is_fast_dev_run(trainer):
             self.rounds = Rounds(1, max(self.run.total_steps or 1, 1), 0)
             rank_zero_info(f"fast_dev_run: pruning to {self.sparsities[-1]} at the first step.")
+        elif made := self._before[0 if self._unit == "ep" else 1]:
+            raise ValueError(
+                f"This Trainer has made {made}{self._unit} in a fit before, and rounds are counted from its start. Use "
+                "a new Trainer, or give the checkpoint of a run to resume as ckpt_path."
+            )
+        elif self._unit == "it" and len(trainer.optimizers) > 1:
+            raise ValueError(
+                f"A Trainer counts the steps of all {len(trainer.optimizers)} optimizers together, so that rounds in "
+                f"steps would be cut short at {self.length}. Give all lengths in epochs."
+            )
         elif self.run.steps_per_epoch is None:
             raise ValueError(
                 f"{type(self).__name__} has to know how many optimizer steps an epoch has. Use a loader with a length "
@@ -241,6 +251,15 @@ class IterativeMagnitudePruning(SparsityCallback):
             "optimizers": None if self._optimizers is None else self._optimizers.packed(self.masks),
             "rates": self._rates.state_dict(),
         }
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        steps = self._total * ((self.run.steps_per_epoch or 1) if self._unit == "ep" else 1)
+        if self.leg < self.rounds.at(steps - 1) and not is_fast_dev_run(trainer):
+            rank_zero_warn(
+                f"The run ended at step {self.step} of {steps}, in round {self.round} of {len(self.sparsities) - 1}, "
+                f"with sparsity {self.masks.sparsity():.4f}. Resume it from its last checkpoint to go on."
+            )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)

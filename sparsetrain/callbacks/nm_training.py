@@ -21,7 +21,7 @@ from sparsetrain.callbacks.calls import Calls
 from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
 from sparsetrain.callbacks.decay import ClipThenDecay, check_decay
 from sparsetrain.callbacks.masters import add_pruned_, copies_of, pruned_of
-from sparsetrain.callbacks.trainer import callbacks_of, is_fast_dev_run, set_callbacks
+from sparsetrain.callbacks.trainer import callbacks_of, is_fast_dev_run, set_callbacks, was_skipped
 from sparsetrain.masks import Masks, Pruning
 from sparsetrain.ops import NMRule
 from sparsetrain.ops.layers import EffectiveLayer, make_effective
@@ -73,6 +73,8 @@ class NMTraining(SparsityCallback):
     _shadow: Mapping[str, Any]
     _loaded: Mapping[str, Any]
     _handles: list[RemovableHandle]
+    _counted: Optimizer | None
+    _to_count: bool  # hooks run twice in a step that calls that of the class above
     _replaced: list[tuple[L.LightningModule, str, Any]]
     _every: int
     _until: int | None
@@ -201,6 +203,9 @@ class NMTraining(SparsityCallback):
         self._bind(pl_module)
         self._check_owner(trainer)
         self._follow(trainer, pl_module)
+        if self.decay:
+            clip = ClipThenDecay(pl_module.configure_gradient_clipping, self._add_decay)
+            self._replace(pl_module, "configure_gradient_clipping", clip)
         copies = copies_of(trainer, pl_module)
         if self._restored is not None:
             self._restore(self._restored)
@@ -249,6 +254,9 @@ class NMTraining(SparsityCallback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self._calls is not None:  # gradients are left alone: they are dense
             self._calls.check(trainer, self._layers)
+        if self._layers and self._counted not in trainer.optimizers:
+            self._follow(trainer, pl_module)  # it was replaced
+        self._to_count = self._to_count or optimizer is self._counted
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -309,7 +317,8 @@ class NMTraining(SparsityCallback):
     def _begin(self) -> None:
         super()._begin()
         self._rows, self._layers, self._trained, self._holders, self._dense = (), {}, [], [], ()
-        self._handles, self._replaced, self._choice, self._calls = [], [], None, None
+        self._handles, self._counted, self._to_count = [], None, False
+        self._replaced, self._choice, self._calls = [], None, None
         self._every, self._until, self._dtype, self._first_step = 1, None, None, 0
         self._shadow, self._loaded = {}, {}
 
@@ -355,23 +364,24 @@ class NMTraining(SparsityCallback):
         self._rows = ops.convert(pl_module, self.rule, where=self.where)
 
     def _follow(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count steps, take note that weights have moved, and add the decay before."""
+        """Count steps, and take note that weights have moved."""
+        self._unfollow()
         for optimizer in trainer.optimizers:
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if trained := [layer for layer in self._layers.values() if id(layer.weight) in held]:
                 self._trained += trained
-                counts = not self._handles
+                self._counted = self._counted or optimizer
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-                self._handles.append(
-                    optimizer.register_step_post_hook(partial(self._after_step, trainer, pl_module, counts))
-                )
+                self._handles.append(optimizer.register_step_post_hook(partial(self._after_step, trainer, pl_module)))
                 if self.decay:
                     check_decay(self.decay, trainer, pl_module, optimizer)
-        if not self._handles:
+        if self._counted is None:
             raise ValueError("No optimizer holds any of the N:M weights. Return one from configure_optimizers.")
-        if self.decay:
-            clip = ClipThenDecay(pl_module.configure_gradient_clipping, self._add_decay)
-            self._replace(pl_module, "configure_gradient_clipping", clip)
+
+    def _unfollow(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._trained, self._counted = [], [], None
 
     def _before_step(
         self, _: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]
@@ -388,8 +398,13 @@ class NMTraining(SparsityCallback):
 
         return arguments, settings | {"closure": renewed}
 
-    def _after_step(self, trainer: L.Trainer, pl_module: L.LightningModule, counts: bool, *arguments: object) -> None:
-        if counts:
+    def _after_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer, *arguments: object
+    ) -> None:
+        if was_skipped(optimizer):
+            return
+        if optimizer is self._counted and self._to_count:
+            self._to_count = False
             self._count_step()
             if self.step == self._until:
                 self._begin_tail(trainer, pl_module)
@@ -432,9 +447,8 @@ class NMTraining(SparsityCallback):
         for watch in (self._choice, self._calls):
             if watch is not None:
                 watch.detach()
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._holders = [], []
+        self._unfollow()
+        self._holders = []
         for module, name, before in reversed(self._replaced):
             delattr(module, name) if before is None else setattr(module, name, before)
         self._replaced = []

@@ -7,9 +7,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sparsetrain.steps import RunLength
 
@@ -35,25 +36,49 @@ def has_scaler(trainer: L.Trainer) -> bool:
     return getattr(trainer.precision_plugin, "scaler", None) is not None
 
 
+def gradient_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
+    """The factor of the gradients before a step: 1 but for an optimizer that unscales them itself, as fused ones do."""
+    scaled = has_scaler(trainer) and getattr(optimizer, "_step_supports_amp_scaling", False)
+    return float(trainer.precision_plugin.scaler.get_scale()) if scaled else 1.0  # type: ignore[attr-defined]
+
+
+def was_skipped(optimizer: Optimizer) -> bool:
+    """Whether the step that an optimizer has just ended was skipped within, as fused ones do under a gradient scaler.
+
+    Others are not called for such a step.
+    """
+    return bool(getattr(optimizer, "found_inf", False))  # which the scaler lends it for the step
+
+
 def train_loaders(trainer: L.Trainer) -> Iterator[Any]:
     """The training loaders, of which there may be several."""
     if trainer.train_dataloader is not None:
         yield from CombinedLoader(trainer.train_dataloader, "min_size").flattened
 
 
-def run_length(trainer: L.Trainer) -> RunLength:
-    """Optimizer steps in an epoch and in the run, of an optimizer that steps once per (accumulated) batch."""
-    batches = trainer.num_training_batches
+def run_length(trainer: L.Trainer, *, epochs_before: int = 0, steps_before: int = 0) -> RunLength:
+    """Optimizer steps in an epoch and in the run, of an optimizer that steps once per (accumulated) batch.
+
+    Args:
+        trainer: of the fit.
+        epochs_before: epochs made by former fits of the Trainer, which its `max_epochs` counts, too.
+        steps_before: their optimizer steps, which its `max_steps` counts.
+    """
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
     accumulated = {trainer.accumulate_grad_batches}
     for callback in callbacks_of(trainer):
         if isinstance(callback, GradientAccumulationScheduler):
             accumulated = set(callback.scheduling.values())  # it sets the Trainer's at the start of each epoch
+        if isinstance(callback, StochasticWeightAveraging) and epochs != -1:
+            epochs = callback.swa_end + 1  # the one that it may add trains nothing
     known = math.isfinite(batches) and len(accumulated) == 1
     steps_per_epoch = math.ceil(batches / accumulated.pop()) if known else None
-    limits = [trainer.max_steps] if trainer.max_steps != -1 else []
-    if steps_per_epoch is not None and trainer.max_epochs is not None and trainer.max_epochs != -1:
-        limits.append(trainer.max_epochs * steps_per_epoch)
-    return RunLength(steps_per_epoch, min(limits, default=None))
+    limits = [trainer.max_steps - steps_before] if trainer.max_steps != -1 else []
+    if steps_per_epoch is not None and epochs is not None and epochs != -1:
+        limits.append((epochs - epochs_before) * steps_per_epoch)
+    # `max_steps` counts the steps of all optimizers together: how many of them are the counted one's is not known.
+    shared = trainer.max_steps != -1 and len(trainer.optimizers) > 1 and not is_fast_dev_run(trainer)
+    return RunLength(steps_per_epoch, None if shared else min(limits, default=None))
 
 
 def example_of(pl_module: L.LightningModule, input_shape: Sequence[int] | None, *, of: object) -> Tensor:

@@ -1,8 +1,15 @@
+from argparse import Namespace
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
-from conformance.harness import PlainModule, TinyModule, fit
+from conformance.harness import PlainModule, TinyModule, fit, loaders
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, ModelCheckpoint
 from torch import Tensor
 from torch.nn.utils import prune as torch_prune
+from torch.utils.data import IterableDataset
 
 from sparsetrain import FixedMasks, GradualMagnitudePruning, OneShot, masks_of, prune, save_masks
 
@@ -66,12 +73,68 @@ def test_a_file_that_is_missing_or_holds_no_masks_is_refused(tmp_path):
     fit().trainer.save_checkpoint(tmp_path / "dense.ckpt")
     with pytest.raises(ValueError, match="holds the masks of 0 sparsity callbacks; it must be exactly one"):
         FixedMasks(tmp_path / "dense.ckpt")
+    (tmp_path / "text.ckpt").write_text("no checkpoint")
+    with pytest.raises(ValueError, match=r"text\.ckpt is no checkpoint\. Give a masks\.safetensors file or"):
+        FixedMasks(tmp_path / "text.ckpt")
+
+
+class Configured(PlainModule):
+    """With hyperparameters that are no plain types."""
+
+    def __init__(self, settings: Namespace) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+def test_a_checkpoint_that_does_not_load_safely_is_refused_by_its_classes_and_read_once_they_are_allowed(tmp_path):
+    run = fit(GradualMagnitudePruning(OneShot(0.9)), make=lambda: Configured(Namespace(width=4)))
+    run.trainer.save_checkpoint(tmp_path / "sparse.ckpt")
+    with pytest.raises(ValueError, match=r"sparse\.ckpt does not load safely: .* holds argparse\.Namespace, .*Give a"):
+        FixedMasks(tmp_path / "sparse.ckpt")
+    with torch.serialization.safe_globals([Namespace]):
+        assert have(fit(FixedMasks(tmp_path / "sparse.ckpt")).callback, dict(run.callback.masks))
 
 
 def test_the_final_sparsity_holds_from_the_start(masks):
     callback = fit(FixedMasks(masks)).callback
     assert callback.final_step() == 0
     assert callback.at_target
+
+
+class Stream(IterableDataset):
+    """The batches of the training loader, without a length."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(loaders()["train_dataloaders"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "others"),
+    [
+        ({}, ()),
+        ({"data": loaders() | {"train_dataloaders": Stream()}}, ()),
+        ({"max_epochs": -1}, ()),
+        ({}, (GradientAccumulationScheduler({0: 1, 1: 2}),)),
+    ],
+    ids=["known", "stream", "endless", "accumulation"],
+)
+def test_monitored_checkpoints_are_kept_from_the_start_also_in_a_run_of_unknown_length(
+    tmp_path, masks, caplog, settings, others
+):
+    class Started(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            at_start.append((best.save_top_k, callback.at_target))
+
+        def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.current_epoch == 2
+
+    at_start, callback = [], FixedMasks(masks)
+    best = ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=1)
+    with caplog.at_level("INFO"):
+        fit(callback, best, Started(), *others, make=PlainModule, **settings)
+    assert at_start == [(1, True)]
+    assert "Monitored checkpoints" not in caplog.text
+    assert best.best_model_path
 
 
 def test_a_norm_may_have_a_mask_too_as_that_of_a_closed_block_has(masks):

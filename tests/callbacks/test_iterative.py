@@ -281,6 +281,16 @@ def test_the_trainer_gets_its_length_back_after_an_exception(monkeypatch, at, se
     assert (trainer.max_epochs, trainer.max_steps) == (settings["max_epochs"], -1)
 
 
+@pytest.mark.parametrize(("length", "made"), [("2ep", "2ep"), ("10it", "10it")])
+def test_rounds_in_a_trainer_that_has_trained_before_are_refused(length, made):
+    trainer = make_trainer(max_epochs=-1, max_steps=10)
+    trainer.fit(PlainModule(), **loaders())
+    trainer.callbacks.append(imp(2, length))
+    trainer.fit_loop.epoch_loop.max_steps = -1
+    with pytest.raises(ValueError, match=f"This Trainer has made {made} in a fit before"):
+        trainer.fit(PlainModule(), **loaders())
+
+
 # Controls
 
 

@@ -21,7 +21,8 @@ from callbacks.nm_network import (
     sorted_mask,
     train,
 )
-from conformance.harness import PlainModule, fit
+from callbacks.test_follower import scaled
+from conformance.harness import STEPS, PlainModule, fit
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch import Tensor, nn
 
@@ -147,6 +148,42 @@ def test_two_optimizers_may_step_after_both_losses_are_computed(method):
     for net in (module.one, module.other):
         for ours, theirs in zip(net.parameters(), alone.net.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+class Nested(torch.optim.SGD):
+    """Its step calls that of the class above, whose hooks run as well."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Replaces(Net):
+    """Takes another optimizer in the middle of training."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return Nested(self.parameters(), lr=0.1)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if batch_idx == 3:
+            self.trainer.strategy.optimizers = [torch.optim.Adam(self.parameters(), lr=0.1)]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        torch.testing.assert_close(self(batch[0]), by_hand(self.net, batch[0]))
+        return super().training_step(batch, batch_idx)
+
+
+def test_steps_of_nested_and_of_later_optimizers_count_once():
+    torch.optim.SGD([nn.Parameter(torch.ones(1))])  # from here on hooks run in its step, too
+    callback = BDWP(decay=0.1)
+    module, trainer = train(Replaces(), data(7), callback)
+    assert callback.step == 7
+    assert is_n_of_m(module.net[0].weight)
+    assert not trainer.optimizers[0]._optimizer_step_post_hooks
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_a_step_that_is_skipped_does_not_count(fused):
+    assert scaled(BDWP(decay=0.0), 1, fused=fused).callback.step == STEPS - 1
 
 
 class PassesBy(Net):

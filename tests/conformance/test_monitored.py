@@ -6,6 +6,8 @@ from conformance.harness import PlainModule, fit
 from conformance.methods import METHODS, every_method
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from sparsetrain import GradualMagnitudePruning, OneShot, Pruning, Selection
+
 
 @every_method
 def test_only_networks_of_the_final_sparsity_are_kept(tmp_path, method):
@@ -48,6 +50,33 @@ def test_the_run_says_from_which_step_on_checkpoints_are_kept(tmp_path, caplog):
     assert "Monitored checkpoints are kept once the final sparsity is reached (step 11)" in caplog.text
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("ends", ["fit", "exception"])
+@pytest.mark.parametrize("first", [True, False], ids=["early_first", "late_first"])
+def test_a_checkpoint_waits_for_all_of_several_callbacks_and_then_has_its_settings_back(tmp_path, first, ends):
+    def one(include: str, at: int) -> GradualMagnitudePruning:
+        return GradualMagnitudePruning(OneShot(0.8, at=at), pruning=Pruning(Selection((include,))))
+
+    class Broken(PlainModule):
+        def training_step(self, batch, batch_idx):
+            if self.trainer.fit_loop.total_batch_idx == 8:
+                raise RuntimeError("out of luck")
+            return super().training_step(batch, batch_idx)
+
+    early, late = one("head.weight", 2), one("body.5.weight", 11)
+    best = ModelCheckpoint(tmp_path, "{step}", monitor="val/loss", save_top_k=-1, save_last=True)
+    order = (early, late) if first else (late, early)
+    for _ in range(2):
+        if ends == "exception":
+            with pytest.raises(RuntimeError, match="out of luck"):
+                fit(*order, best, make=Broken)
+            assert not best.best_k_models
+        else:
+            fit(*order, best)
+            assert {path.name[:7] for path in tmp_path.glob("step*.ckpt")} == {"step=15"}
+        assert (best.save_top_k, best.save_last) == (-1, True)
+
+
 @every_method
 def test_an_unmonitored_checkpoint_is_left_alone(tmp_path, method):
     every = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
@@ -57,5 +86,8 @@ def test_an_unmonitored_checkpoint_is_left_alone(tmp_path, method):
 
 def test_early_stopping_ends_a_sparse_run(tmp_path):
     stop = EarlyStopping("train/loss", patience=0, divergence_threshold=0.0)
-    run = fit(METHODS[0].make(), stop)
+    with pytest.warns(
+        UserWarning, match=r"The run ended at step \d+ with sparsity 0\.\d+, before the update to 0.8 at step"
+    ):
+        run = fit(METHODS[0].make(), stop)
     assert run.trainer.current_epoch < 3

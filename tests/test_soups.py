@@ -409,3 +409,8 @@ def test_a_soup_of_pruned_networks_has_their_sparsity_and_loads_into_the_network
     net.load_state_dict(uniform(members, [dict(masks)] * 3))
     zeros = sum(int((parameter == 0).sum()) for name, parameter in net.named_parameters() if name in masks)
     assert zeros == sum(int((~mask).sum()) for mask in masks.values())
+
+
+def test_members_in_channels_last_are_averaged_as_others():
+    members = [{"w": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)} for _ in range(3)]
+    assert torch.equal(running(members)["w"], uniform(members)["w"])

@@ -154,7 +154,7 @@ class SparsityCallback(L.Callback, ABC):
         self.prepare(trainer)
         self.take_hold(trainer, pl_module)
         self._final_step = self.final_step()
-        if not self.at_target:
+        if self._final_step is not None and not self.at_target:
             self._held_back = HeldBackCheckpoints(callbacks_of(trainer))
             if self._held_back:
                 rank_zero_info(
@@ -280,7 +280,8 @@ class SparsityCallback(L.Callback, ABC):
         self.apply()
         self._detach()
         final = self._final_step
-        if final is not None and not self.at_target and (target := self.target(final)) is not None:
+        target = None if final is None or self.at_target else self.target(final)
+        if target is not None and (not self.history or self.history[-1].target != target):
             rank_zero_warn(
                 f"The run ended at step {self.step} with sparsity {self.masks.sparsity():.4f}, before the update to "
                 f"{target} at step {final}. Train longer, or prune earlier; steps that a gradient scaler skips do not "

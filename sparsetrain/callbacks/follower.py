@@ -57,7 +57,7 @@ class OptimizerFollower:
         self.counted = next(iter(self._names))
 
     def before_step(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> bool:
-        """Note that a step is to come, and follow what has come into the optimizers since the last one.
+        """Follow what has come into the optimizers since the last step.
 
         Args:
             optimizer: is about to step.
@@ -73,7 +73,7 @@ class OptimizerFollower:
             self._follow(optimizers)
             if self.counted not in self._names:
                 self.counted = next(iter(self._names), self.counted)
-        self._to_count = self._to_count or optimizer is self.counted
+            self._to_count = optimizer is self.counted  # whose step has begun
         return is_new
 
     def held(self, optimizer: Optimizer) -> list[str]:
@@ -107,8 +107,9 @@ class OptimizerFollower:
             if bool(revived):
                 raise RuntimeError(
                     f"A pruned weight of {name!r} was not zero after step {step}. Something wrote to it after its "
-                    "gradient was masked: another callback, a hook of the optimizer, or a gradient that is not finite. "
-                    "Let that skip pruned weights, or list its callback before this one."
+                    "gradient was masked: another callback, a hook of the optimizer, or a gradient that is not finite; "
+                    "or its optimizer stepped behind Lightning's back (use_pl_optimizer=False). Let that skip pruned "
+                    "weights, or list its callback before this one."
                 )
 
     def detach(self) -> None:
@@ -133,7 +134,11 @@ class OptimizerFollower:
                     self._probes[name] = probes[kind]
                     self._names.setdefault(optimizer, []).append(name)
             if optimizer in self._names:
+                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        self._to_count = self._to_count or optimizer is self.counted
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if was_skipped(optimizer):

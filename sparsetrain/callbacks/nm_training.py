@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 from sparsetrain import ops
 from sparsetrain.callbacks.backends import BackendChoice
 from sparsetrain.callbacks.base import SparsityCallback
-from sparsetrain.callbacks.calls import Calls
 from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
 from sparsetrain.callbacks.decay import ClipThenDecay, check_decay
 from sparsetrain.callbacks.masters import add_pruned_, copies_of, pruned_of
@@ -81,8 +80,8 @@ class NMTraining(SparsityCallback):
     _dtype: torch.dtype | None
     _dense: tuple[nn.Module, ...]
     _choice: BackendChoice | None
-    _calls: Calls | None
-    _first_step: int
+    _held: list[tuple[int, int]]
+    _first_step: int | None  # before the first step of this fit; None after it
 
     def __init__(
         self,
@@ -197,7 +196,8 @@ class NMTraining(SparsityCallback):
         self._loaded = state_dict.get("shadow", {})
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._calls = Calls(pl_module)
+        for _, layer in ops.effective_layers(pl_module):
+            layer.called = False
 
     def take_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._bind(pl_module)
@@ -252,17 +252,17 @@ class NMTraining(SparsityCallback):
         self.apply()  # weight averaging puts the master back
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        if self._calls is not None:  # gradients are left alone: they are dense
-            self._calls.check(trainer, self._layers)
-        if self._layers and self._counted not in trainer.optimizers:
-            self._follow(trainer, pl_module)  # it was replaced
-        self._to_count = self._to_count or optimizer is self._counted
+        # Gradients are left alone: they are dense.
+        if self._layers and self._held != _held(trainer):
+            self._follow(trainer, pl_module)
+            self._to_count = optimizer is self._counted
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.step > self._first_step:
-            self._decide(trainer, pl_module)
+        if self._first_step is not None and self.step > self._first_step:
+            self._first_step = None
+            self._look_back(trainer, pl_module)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -317,9 +317,9 @@ class NMTraining(SparsityCallback):
     def _begin(self) -> None:
         super()._begin()
         self._rows, self._layers, self._trained, self._holders, self._dense = (), {}, [], [], ()
-        self._handles, self._counted, self._to_count = [], None, False
-        self._replaced, self._choice, self._calls = [], None, None
-        self._every, self._until, self._dtype, self._first_step = 1, None, None, 0
+        self._handles, self._held, self._counted, self._to_count = [], [], None, False
+        self._replaced, self._choice = [], None
+        self._every, self._until, self._dtype, self._first_step = 1, None, None, None
         self._shadow, self._loaded = {}, {}
 
     def _bind(self, pl_module: L.LightningModule) -> None:
@@ -366,6 +366,7 @@ class NMTraining(SparsityCallback):
     def _follow(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count steps, and take note that weights have moved."""
         self._unfollow()
+        self._held = _held(trainer)
         for optimizer in trainer.optimizers:
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if trained := [layer for layer in self._layers.values() if id(layer.weight) in held]:
@@ -384,9 +385,10 @@ class NMTraining(SparsityCallback):
         self._handles, self._trained, self._counted = [], [], None
 
     def _before_step(
-        self, _: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]
+        self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Let an optimizer that calls its closure again within a step, as LBFGS does, see the weights it has moved."""
+        self._to_count = self._to_count or optimizer is self._counted
         closure, calls = settings.get("closure"), count()
         if closure is None:
             return None
@@ -415,12 +417,20 @@ class NMTraining(SparsityCallback):
                 self._hold()
         self.apply()
 
-    def _decide(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _look_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Do what waited for a batch with an optimizer step."""
         if self._choice is not None:
             self._choice.after_step(trainer, pl_module)
-        if self._calls is not None:
-            self._calls.detach()
+        if not self._layers:
+            return
+        mine = torch.tensor([float(layer.called) for layer in self._layers.values()], device=pl_module.device)
+        called = trainer.strategy.reduce(mine, reduce_op="sum").tolist()
+        for (name, layer), ranks in zip(self._layers.items(), called, strict=True):
+            if not ranks and layer.weight.grad is not None:
+                rank_zero_warn(
+                    f"{name!r} has a gradient, but its layer has not been called. If the module multiplies the weight "
+                    "by itself, it is trained dense, and N:M in checkpoints only: then add it to `exclude` of `where`."
+                )
 
     def _begin_tail(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._make_dense(trainer, pl_module)
@@ -444,14 +454,18 @@ class NMTraining(SparsityCallback):
 
     def _detach(self) -> None:
         super()._detach()
-        for watch in (self._choice, self._calls):
-            if watch is not None:
-                watch.detach()
+        if self._choice is not None:
+            self._choice.detach()
         self._unfollow()
         self._holders = []
         for module, name, before in reversed(self._replaced):
             delattr(module, name) if before is None else setattr(module, name, before)
         self._replaced = []
+
+
+def _held(trainer: L.Trainer) -> list[tuple[int, int]]:
+    """Each optimizer, and how many parameters it holds: they may be replaced, and get more."""
+    return [(id(o), sum(len(group["params"]) for group in o.param_groups)) for o in trainer.optimizers]
 
 
 class _UndoAtLast(L.Callback):

@@ -116,7 +116,7 @@ class RoundRates:
             self._rest(trainer)
             return
         for optimizer, groups in zip(trainer.optimizers, self._remembered["groups"], strict=True):
-            for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            for group, settings in zip(optimizer.param_groups, groups, strict=False):  # later ones keep theirs
                 _set(group, settings)
         for config, state in zip(trainer.lr_scheduler_configs, self._remembered["schedulers"], strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))

@@ -1,7 +1,8 @@
 """Exact resume: what a checkpoint needs beside Lightning's own state to make a resumed run the uninterrupted one."""
 
 import random
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
 
 import lightning as L
 import numpy as np
@@ -10,7 +11,12 @@ from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.loops import evaluation_loop, training_epoch_loop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.loop import _Loop
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from sparsetrain.callbacks.trainer import generators_of
+
+T = TypeVar("T")
 
 
 class ExactResume(L.Callback):
@@ -18,11 +24,11 @@ class ExactResume(L.Callback):
 
     With the loaders of `sparsetrain.data`, or any whose state says which batch comes next, a run resumed from any
     checkpoint goes on bit for bit as if it had not been interrupted. With a plain `DataLoader` that holds for
-    checkpoints at the end of an epoch. Validation does not advance the random streams, so a run is the same however
-    often it is validated. On several processes, gradients accumulated before a checkpoint are restored as their mean,
-    which is the same sum in another order. A checkpoint written amid a batch, as by `OnExceptionCheckpoint`, goes on
-    with the next batch. Under manual optimization, where only the module knows what it accumulates, gradients are part
-    of every checkpoint.
+    checkpoints at the end of an epoch, but for what its workers draw at random if they are persistent. Validation does
+    not advance the random streams, so a run is the same however often it is validated. On several processes, gradients
+    accumulated before a checkpoint are restored as their mean, which is the same sum in another order. A checkpoint
+    written amid a batch, as by `OnExceptionCheckpoint`, goes on with the next batch. Under manual optimization, where
+    only the module knows what it accumulates, gradients are part of every checkpoint.
 
     Private names of Lightning are used here, and one each in `checkpoints` and `recalibration`; tests fail if they are
     renamed.
@@ -47,6 +53,7 @@ class ExactResume(L.Callback):
         if state is None:
             return  # only weights are saved
         state["metrics"] = dict(trainer.callback_metrics)
+        state["generators"] = _of_all_ranks([stream.get_state() for stream in _generators(trainer)])
         if trainer.fit_loop._should_accumulate() or not pl_module.automatic_optimization:
             gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
             state["gradients"] = {
@@ -54,10 +61,19 @@ class ExactResume(L.Callback):
                 for name, gradient in gradients.items()
             }
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self.state_key not in checkpoint.get("callbacks", {}):
+            rank_zero_warn(
+                "The run was saved without ExactResume: its random streams begin anew, and the resumed run is another "
+                "one. Begin the next run with ExactResume."
+            )
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loader = trainer.fit_loop._combined_loader
-        if loader is not None and not all(hasattr(part, "state_dict") for part in loader.flattened):
+        stateless = _stateless_loaders(trainer)
+        if stateless:
             rank_zero_info("The training loader has no state: resume is exact from checkpoints at the end of an epoch.")
+        if any(getattr(part, "persistent_workers", False) for part in stateless):
+            rank_zero_info("Its workers are persistent, and what they draw at random begins anew in a resumed run.")
         if self._restored is None:
             return
         ranks = self._restored["random"]
@@ -72,7 +88,8 @@ class ExactResume(L.Callback):
         trainer._logger_connector._callback_metrics.update(self._restored["metrics"])
         epoch_has_ended = trainer.fit_loop.resumed_on_epoch_end or trainer.fit_loop.restarted_on_epoch_end
         _mend_progress(trainer)
-        _restore_loader(trainer, ranks[trainer.global_rank], epoch_has_ended)
+        streams = self._restored.get("generators", [[]] * len(ranks))[trainer.global_rank]
+        _restore_loader(trainer, ranks[trainer.global_rank], streams, epoch_has_ended)
         self._before_validation = ranks[trainer.global_rank]  # of the one that was due when the checkpoint was saved
         self._restored = None
 
@@ -148,7 +165,18 @@ def _return_to_batch_end(trainer: L.Trainer, fetcher: _DataFetcher) -> None:
         epoch.val_loop._has_run = True
 
 
-def _restore_loader(trainer: L.Trainer, random_state: dict[str, Any], epoch_has_ended: bool) -> None:
+def _stateless_loaders(trainer: L.Trainer) -> list[Any]:
+    loader = trainer.fit_loop._combined_loader
+    return [] if loader is None else [part for part in loader.flattened if not hasattr(part, "state_dict")]
+
+
+def _generators(trainer: L.Trainer) -> list[torch.Generator]:
+    return [stream for part in _stateless_loaders(trainer) for stream in generators_of(part)]
+
+
+def _restore_loader(
+    trainer: L.Trainer, random_state: dict[str, Any], streams: Sequence[torch.Tensor], epoch_has_ended: bool
+) -> None:
     fit = trainer.fit_loop
     loader, fetcher = fit._combined_loader, fit._data_fetcher
     assert loader is not None
@@ -164,14 +192,16 @@ def _restore_loader(trainer: L.Trainer, random_state: dict[str, Any], epoch_has_
     if within_epoch:
         iter(fetcher)
     _set_random_state(random_state)
+    for generator, state in zip(_generators(trainer), streams, strict=False):  # none of older checkpoints
+        generator.set_state(state.cpu())
     if not within_epoch:
         iter(fetcher)
 
 
-def _of_all_ranks(mine: dict[str, Any]) -> list[dict[str, Any]]:
+def _of_all_ranks(mine: T) -> list[T]:
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [mine]
-    ranks: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
+    ranks = [mine for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(ranks, mine)  # Lightning asks every rank and keeps rank 0's answer
     return ranks
 

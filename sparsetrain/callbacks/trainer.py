@@ -56,6 +56,12 @@ def train_loaders(trainer: L.Trainer) -> Iterator[Any]:
         yield from CombinedLoader(trainer.train_dataloader, "min_size").flattened
 
 
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """The generators of a loader's own that its order comes from."""
+    found = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
+    return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+
 def run_length(trainer: L.Trainer, *, epochs_before: int = 0, steps_before: int = 0) -> RunLength:
     """Optimizer steps in an epoch and in the run, of an optimizer that steps once per (accumulated) batch.
 

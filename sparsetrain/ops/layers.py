@@ -14,7 +14,7 @@ from sparsetrain.ops import autograd, cusparselt, library
 from sparsetrain.ops.rules import NMRule
 from sparsetrain.selection import PlanRow, Selection
 
-_OWN = ("rule", "backend", "_held", "_cached", "_compressed", "_fresh", "_seen")  # attributes that conversion adds
+_OWN = ("rule", "backend", "called", "_held", "_cached", "_compressed", "_fresh", "_seen")  # what conversion adds
 
 
 class _Effective(nn.Module):
@@ -23,6 +23,7 @@ class _Effective(nn.Module):
     weight: Tensor
     rule: NMRule
     backend: Literal["reference", "cusparselt"]  # set by `policy.choose`
+    called: bool  # whether a forward has used the effective weights since this was set to False
     _held: Tensor | None  # plain attributes: never in the state dict
     _cached: tuple[Tensor, Tensor] | None
     _compressed: tuple[Tensor, Tensor] | None
@@ -164,6 +165,7 @@ class EffectiveLinear(_Effective, nn.Linear):
     """A linear layer with effective weights; made by `convert`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        self.called = True
         dtype = autograd.compute_dtype(self.weight)
         if self.runs_sparse(dtype):
             return self._sparse_product(input, self.bias, dtype)
@@ -174,6 +176,7 @@ class EffectiveConv2d(_Effective, nn.Conv2d):
     """A 2-D convolution with effective weights; made by `convert`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        self.called = True
         x, dtype = input, autograd.compute_dtype(self.weight)
         if self.runs_sparse(dtype):  # a 1x1 kernel without padding: in channels_last the permutations copy nothing
             rows, columns = self.stride
@@ -253,7 +256,7 @@ def make_effective(layers: Iterable[Any], rule: NMRule) -> None:
     """Convert plain layers that are known to hold the pattern, such as `unconvert` returns."""
     for layer in layers:  # of any type to type checkers, for their class changes
         layer.__class__ = _EFFECTIVE[type(layer)]
-        layer.rule, layer.backend = rule, "reference"
+        layer.rule, layer.backend, layer.called = rule, "reference", False
         layer._held = layer._cached = layer._compressed = None
         layer._fresh, layer._seen = False, 0
 

@@ -89,7 +89,8 @@ class RunningMean:
         self.count += 1
         for name, tensor in member.items():
             if self.count == 1:
-                self.tensors[name] = tensor.detach().to("cpu", _mean_type(tensor), copy=True)
+                kept = tensor.detach().to("cpu", _mean_type(tensor), copy=True)
+                self.tensors[name] = kept.contiguous()
                 continue
             mean, piece = self.tensors[name].view(-1), tensor.detach().cpu().reshape(-1)
             for part in parts(len(mean)):

@@ -324,6 +324,20 @@ def test_a_parameter_group_that_is_added_in_the_dense_phase_gets_rates_too():
     assert list(rates.found.values())[-9:] == [pytest.approx([0.1 * i / 9, 0.02 * i / 9]) for i in range(9, 0, -1)]
 
 
+def test_a_parameter_group_that_is_added_after_the_rewinding_place_keeps_its_rate_in_each_round():
+    class Module(TinyModule):
+        def configure_optimizers(self) -> Any:
+            return SGD(self.body.parameters(), lr=0.1)
+
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.trainer.optimizers[0].add_param_group({"params": self.head.parameters(), "lr": 0.02})
+
+    rates = GroupRates()
+    recorded(imp(rounds=1, length="2ep"), rates, make=Module)
+    assert list(rates.found.values())[-9:] == [pytest.approx([0.1, 0.02])] * 9
+
+
 @pytest.mark.parametrize("rewind_to", ["0ep", "1ep"])
 def test_parameter_groups_keep_their_own_rates(rewind_to):
     class Module(TinyModule):

@@ -6,13 +6,23 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from conformance.harness import PlainModule, SaveEverywhere, SaveNowhere, assert_same, fit, seed_all
+from conformance.harness import (
+    PlainModule,
+    SaveEverywhere,
+    SaveNowhere,
+    assert_same,
+    fit,
+    loaders,
+    samples,
+    seed_all,
+)
 from lightning.fabric.utilities.data import _set_sampler_epoch
 from lightning.pytorch.loops import evaluation_loop, fit_loop, training_epoch_loop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 from sparsetrain.callbacks.resume import ExactResume, _random_state, _set_random_state
 
@@ -129,3 +139,31 @@ def test_gradients_accumulated_under_manual_optimization_are_restored_from_every
     assert len(saver.saved) == 14
     for saved in saver.saved:
         assert_same(whole, train(SaveNowhere(), ckpt_path=saved.path))
+
+
+@pytest.mark.parametrize("of_sampler", [False, True], ids=["of_loader", "of_sampler"])
+def test_a_plain_loader_with_a_generator_of_its_own_goes_on_from_the_end_of_an_epoch(tmp_path, of_sampler):
+    def train(*callbacks: L.Callback, **settings: Any) -> Any:
+        images, labels = samples()
+        dataset = TensorDataset((images.float() - 128) / 64, labels)
+        stream = torch.Generator().manual_seed(5)
+        if of_sampler:
+            loader = DataLoader(dataset, 8, sampler=RandomSampler(dataset, generator=stream))
+        else:
+            loader = DataLoader(dataset, 8, shuffle=True, generator=stream)
+        data = loaders() | {"train_dataloaders": loader}
+        return fit(*callbacks, make=PlainModule, data=data, **settings).outcome()
+
+    saver = SaveEverywhere(tmp_path)
+    whole = train(saver)
+    ends = [saved for saved in saver.saved if saved.moment == "epoch"]
+    assert len(ends) == 3
+    for saved in ends:
+        assert_same(whole, train(SaveNowhere(), ckpt_path=saved.path))
+
+
+def test_resuming_a_run_that_was_saved_without_it_warns(tmp_path):
+    saver = SaveEverywhere(tmp_path)
+    fit(saver, make=PlainModule, exact=False)
+    with pytest.warns(UserWarning, match=r"saved without ExactResume: its random streams begin anew"):
+        fit(SaveNowhere(), make=PlainModule, ckpt_path=saver.saved[-1].path)

@@ -4,9 +4,10 @@ import pytest
 import torch
 from conformance.harness import PlainModule, fit
 from conformance.methods import METHODS, every_method
+from conformance.test_never_revived import Alternating
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from sparsetrain import GradualMagnitudePruning, OneShot, Pruning, Selection
+from sparsetrain import GradualMagnitudePruning, OneShot, Pruning, Selection, SparsityCallback
 
 
 @every_method
@@ -91,3 +92,17 @@ def test_early_stopping_ends_a_sparse_run(tmp_path):
     ):
         run = fit(METHODS[0].make(), stop)
     assert run.trainer.current_epoch < 3
+
+
+class Halved(SparsityCallback):
+    """Prunes half before step 5."""
+
+    def target(self, step: int) -> float | None:
+        return 0.5 if step == 5 else None
+
+
+def test_where_the_end_of_the_run_is_not_known_nothing_is_held_back(tmp_path):
+    best = ModelCheckpoint(tmp_path, monitor="val/loss")
+    run = fit(Halved(), best, make=Alternating, max_epochs=-1, max_steps=30)
+    assert run.callback.total_steps is None
+    assert best.best_model_path

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 _OPEN = 2.0  # all logits at the start
@@ -75,7 +76,8 @@ class Gates(nn.Module, ABC):
 
         Args:
             layer: the gated one.
-            reader: the one that reads its channels, and runs once after each run of `layer`.
+            reader: the linear layer or convolution that reads its channels, where its own kind has them, and runs once
+                after each run of `layer`.
             size: how many features of `reader`, one after the other, each gate multiplies: a convolution's channels
                 may be read flattened, and a head is several features.
         """
@@ -103,7 +105,7 @@ class Gates(nn.Module, ABC):
         self._open = binarize(self.last_logits)
 
     def _multiply_input(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        axis = -1 if isinstance(module, nn.Linear) else self.axis
+        axis = -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
         channels, size = inputs[0] if inputs else None, self._size
         gates, self._open = self._open, None
         if gates is None:

@@ -274,3 +274,18 @@ def test_what_the_forward_pass_shows_to_be_wrong_is_refused_with_the_layer(strid
     attach(net)
     with pytest.raises(ValueError, match=message):
         net(images())
+
+
+@pytest.mark.parametrize("steps", [5, 7], ids=["as many as gates", "others"])
+@torch.no_grad()
+def test_channels_are_multiplied_where_the_layer_that_reads_them_has_them(steps):
+    layer, reader = nn.Linear(3, 5), nn.Conv1d(5, 2, 1)
+    gates = make_gates(5, name="layer", axis=-1, features=3, hidden=None)
+    gates.attach_channels(layer, reader)
+    gates.free[1] = -1.0
+    x = torch.randn(4, steps, 3)
+    hidden = layer(x)
+    made = reader(hidden.transpose(1, 2))
+    gates.detach()
+    hidden[..., 1] = 0
+    torch.testing.assert_close(made, reader(hidden.transpose(1, 2)))

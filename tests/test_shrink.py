@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import sys
 
 import pytest
@@ -316,6 +317,106 @@ def test_a_model_that_needs_the_channel_is_refused_by_the_name_of_the_layer(use)
         shrink(model, unit, x)
 
 
+class Several(nn.Module):
+    """A hidden layer with batch norm, whose values go further in the way of `use`."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.hidden, self.norm, self.use = nn.Linear(6, 8), nn.BatchNorm1d(8), use
+        self.head, self.aux = nn.Linear(8, 3), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.use(self, torch.relu(self.norm(self.hidden(x))))
+
+
+def with_features(model, x):
+    return {"logits": model.head(x), "features": x.detach()}
+
+
+def with_aux_in_training(model, x):
+    return (model.head(x), model.aux(x)) if model.training else model.head(x)
+
+
+def with_features_in_training(model, x):
+    return (model.head(x), x.detach()) if model.training else model.head(x)
+
+
+def silenced(model, x):
+    chosen = units(model, x)[:3]
+    silence(model, chosen)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (
+            with_features,
+            r"Several has outputs of shapes \[\(1, 3\), \(1, 5\)\] in place of \[\(1, 3\), \(1, 8\)\]",
+        ),
+        (
+            with_aux_in_training,
+            r"layer 'aux' of Several is the first .* in training mode .* or delete it once",
+        ),
+        (
+            with_features_in_training,
+            r"in training mode has outputs of shapes \[\(2, 3\), \(2, 5\)\] in place of",
+        ),
+    ],
+)
+def test_a_channel_that_an_output_or_a_layer_uses_unseen_is_not_cut_from_it(use, message):
+    model, x = Several(use), torch.randn(1, 6)
+    with pytest.raises(RuntimeError, match=message):
+        shrink(model, silenced(model, x), x)
+
+
+def test_what_wants_more_than_the_example_in_training_shrinks_all_the_same():
+    def use(model, x):
+        assert not model.training, "give targets, too"
+        return model.head(x)
+
+    model, x = Several(use), torch.randn(2, 6)
+    assert shrink(model, silenced(model, x), x).hidden.out_features == 5
+
+
+def test_in_one_of_several_processes_training_mode_is_not_tried_as_it_might_wait_for_the_others(monkeypatch):
+    modes = []
+    model, x = Several(lambda model, x: modes.append(model.training) or model.head(x)), torch.randn(2, 6)
+    chosen = silenced(model, x)
+    shrink(model.eval(), chosen, x)
+    assert modes[-2:] == [True, True]
+    modes.clear()
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    shrink(model, chosen, x)
+    assert not any(modes)
+
+
+def test_shrinking_moves_no_random_stream_and_no_statistics():
+    def use(model, x):
+        return model.head(F.dropout(x, training=model.training)) * (random.random() if model.training else 1)
+
+    model, x = Several(use), torch.randn(2, 6)
+    chosen = silenced(model, x)
+    before = torch.get_rng_state(), random.getstate(), copy.deepcopy(model.state_dict())
+    small = shrink(model, chosen, x)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert all(torch.equal(tensor, before[2][name]) for name, tensor in model.state_dict().items())
+    assert int(small.norm.num_batches_tracked) == 0
+    assert small.training
+
+
+def test_a_model_that_casts_to_a_fixed_dtype_is_refused_as_it_cannot_run_in_float64():
+    class Casting(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x.float() / 255)
+
+    model, x = Casting(nn.Linear(6, 8), nn.Linear(8, 3)), torch.randint(0, 255, (2, 6), dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"Casting cannot run in float64 .* \(2, 6\): RuntimeError: .*cast to that of"):
+        shrink(model, silenced(model, x), x)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -376,6 +477,32 @@ def test_heads_and_tied_weights_are_rebuilt(tmp_path):
     assert loaded.head.weight is loaded.embed.weight
     assert loaded.blocks[0].attn.heads == small.blocks[0].attn.heads < 4
     assert torch.equal(loaded(x), small(x))
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layers = nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3, bias=False)
+        self.net = nn.Sequential(nn.Sequential(*layers))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["with a new bias", "without"])
+def test_parts_of_a_smaller_network_are_saved_by_themselves_also_of_a_loaded_one(tmp_path, axis):
+    torch.manual_seed(0)
+    base, x = settled(Outer()), torch.randn(4, 6)
+    small = shrink(base, pruned(base, x, ("net.0.0.weight", "net.0.3.weight")[axis:][:1], axis), x)
+    save_shrunk(tmp_path / "whole", small)
+    for number, model in enumerate((small, load_shrunk(Outer(), tmp_path / "whole").eval())):
+        for name in ("net", "net.0", "net.0.3"):
+            save_shrunk(tmp_path / f"{name} {number}", model.get_submodule(name))
+            made = load_shrunk(Outer().get_submodule(name), tmp_path / f"{name} {number}").eval()
+            given = torch.randn(4, 4) if name == "net.0.3" else x
+            assert torch.equal(made(given), small.get_submodule(name)(given))
+    with pytest.raises(ValueError, match=r"Nothing was removed from this ReLU"):
+        save_shrunk(tmp_path / "part", small.net[0][2])
 
 
 def test_another_base_model_is_refused_by_name_and_shape(tmp_path):

@@ -8,12 +8,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from sparsetrain.callbacks.gated import Gated
 from sparsetrain.callbacks.penalty import AddedTerms
-from sparsetrain.callbacks.recalibration import fresh, inputs_of
+from sparsetrain.callbacks.recalibration import MOST_IMAGES, fresh, inputs_of
 from sparsetrain.callbacks.trainer import forget_compiled, train_loaders
 from sparsetrain.gates import Gates, make_gates
 from sparsetrain.polarization import Consensus, mean_gates
@@ -80,7 +81,8 @@ class GateTraining:
     def consensus(self) -> Consensus:
         """What the gates say of all training data in evaluation mode, on all ranks.
 
-        A loader with an `augment` of its own, as those in `sparsetrain.data`, is read without it.
+        A loader with an `augment` of its own, as those in `sparsetrain.data`, is read without it; of one without a
+        length, which may have no end, the first 10,000 inputs are.
         """
         consensus = Consensus()
         if self._hidden is None:
@@ -94,10 +96,14 @@ class GateTraining:
                 part.training = False  # by attribute: `eval` of a module may do more
             with isolate_rng(), self.trainer.precision_plugin.forward_context():
                 for loader in train_loaders(self.trainer):
-                    seen = islice(fresh(_plain(loader), self._seed), limit)
-                    for inputs in inputs_of(self.trainer, self.pl_module, seen):
+                    read = islice(fresh(_plain(loader), self._seed), limit)
+                    is_endless, seen = limit is None and sized_len(loader) is None, 0
+                    for inputs in inputs_of(self.trainer, self.pl_module, read):
                         self.pl_module(inputs)
                         consensus.observe(self._last_logits())
+                        seen += len(inputs)
+                        if is_endless and seen >= MOST_IMAGES:
+                            break
         finally:
             for part, was in training.items():
                 part.training = was

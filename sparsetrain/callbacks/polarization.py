@@ -15,7 +15,7 @@ from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.gate_training import GateTraining
 from sparsetrain.callbacks.gated import Gated, close_, closed_units, gated_blocks, gated_layers, masked, operations
 from sparsetrain.callbacks.penalty import LinearWeight
-from sparsetrain.callbacks.recalibration import recalibrate, recalibration_seed
+from sparsetrain.callbacks.recalibration import inputs_in, needs_recalibration, recalibrate, recalibration_seed
 from sparsetrain.callbacks.trainer import example_of, is_fast_dev_run, train_loaders, uncompiled
 from sparsetrain.export import Unit, units
 from sparsetrain.masks import Masks, Pruning, Update
@@ -64,11 +64,11 @@ class PolarizationGating(SparsityCallback):
     other.
 
     At `extract_at` the gates are looked at over all training data, in evaluation mode; those open for the fewest
-    examples are closed until the budget is met, and of them those that still fit are opened again. The weights that
-    read closed channels become 0 and are masked from there on; of closed blocks, those of linear layers and
-    convolutions and what closes the block do, such as its last batch norm. Batch norm's statistics are computed anew,
-    and the gates are gone: the rest of the run is plain training of the static network. After the fit, `export.shrink`
-    makes it small:
+    examples are closed until the budget is met, and of them those that still fit are opened again. Of a loader without
+    a length the first 10,000 examples are looked at; static gates need none. The weights that read closed channels
+    become 0 and are masked from there on; of closed blocks, those of linear layers and convolutions and what closes the
+    block do, such as its last batch norm. Batch norm's statistics are computed anew, and the gates are gone: the rest
+    of the run is plain training of the static network. After the fit, `export.shrink` makes it small:
 
         small = export.shrink(module, callback.units, example_input)
         export.save_shrunk(folder, small)
@@ -112,8 +112,8 @@ class PolarizationGating(SparsityCallback):
 
     Raises:
         ValueError: a number out of range; at the start of the fit, a length that is none or beyond the run, no example,
-            a module that cannot be traced, no layer or block to gate, a budget that cannot be met, or manual
-            optimization.
+            a module that cannot be traced, no layer or block to gate, a budget that cannot be met, manual optimization,
+            or a loader whose batches the extraction could not use.
         ImportError: at the start of the fit, torch-pruning is missing (for channels).
 
     Source: Zhi et al. 2023, arXiv:2302.10798: binary gating modules with straight-through gradients, a polarization
@@ -133,6 +133,7 @@ class PolarizationGating(SparsityCallback):
     _extract_at: int
     _seed: int
     _is_small: bool
+    _checks_batch: bool  # whether the extraction can use the next one: to draw one of its own would move the loader
 
     def __init__(
         self,
@@ -213,6 +214,16 @@ class PolarizationGating(SparsityCallback):
             )
             if self._restored is not None:
                 self._training.load_state_dict(self._restored["gates"])
+            loaders = list(train_loaders(trainer))
+            will_look = needs_recalibration(pl_module, loaders) or self.hidden is not None
+            self._checks_batch = will_look and loaders[0] is trainer.train_dataloader  # else batches are of several
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._checks_batch and batch is not None:  # that of a `dataloader_iter` is
+            inputs_in(batch)
+            self._checks_batch = False
 
     def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self._training is not None:
@@ -253,6 +264,7 @@ class PolarizationGating(SparsityCallback):
         self.extraction, self._training = None, None
         self._layers, self._operations = (), ()
         self._extract_at, self._seed, self._is_small = 1, 0, False
+        self._checks_batch = False
         self.history_of_gates = {}
         self.history_of_cost = []
 

@@ -6,12 +6,15 @@ from itertools import islice
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Generator, Tensor
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from sparsetrain import soups
+from sparsetrain.callbacks.trainer import generators_of
 from sparsetrain.rng import derive_seed
 from sparsetrain.snapshot import Snapshot
 
@@ -26,8 +29,8 @@ def recalibration_seed(seed: int) -> int:
 def recalibrate(trainer: L.Trainer, pl_module: L.LightningModule, loaders: list[Any], seed: int) -> None:
     """`soups.recalibrate` with a fifth of the batches of the training loader, until 10,000 inputs have been seen.
 
-    Neither the loader's place nor any random stream is moved. On several ranks each looks at its share of the data, and
-    the first one's statistics are taken.
+    Of a loader without a length it is so many inputs, or all. Neither the loader's place nor any random stream is
+    moved. On several ranks each looks at its share of the data, and the first one's statistics are taken.
 
     Args:
         trainer: moves the batches and sets the precision.
@@ -38,17 +41,32 @@ def recalibrate(trainer: L.Trainer, pl_module: L.LightningModule, loaders: list[
     Raises:
         ValueError: several loaders, or a batch that does not begin with a tensor.
     """
-    if not any(isinstance(layer, _BatchNorm) for layer in pl_module.modules()):
+    if not needs_recalibration(pl_module, loaders):
         return
+    length = sized_len(loaders[0])
+    with isolate_rng(), trainer.precision_plugin.forward_context():
+        limit = None if length is None else -(-length // 5)
+        fifth = islice(inputs_of(trainer, pl_module, fresh(loaders[0], seed)), limit)
+        soups.recalibrate(pl_module, fifth, images=MOST_IMAGES)
+    if trainer.world_size > 1:
+        trainer.strategy.broadcast(Snapshot.of(pl_module)).restore_(pl_module)
+
+
+def needs_recalibration(pl_module: L.LightningModule, loaders: list[Any]) -> bool:
+    """Whether there is batch norm.
+
+    Raises:
+        ValueError: there is, and not one loader, or no `forward` to call.
+    """
+    if not any(isinstance(layer, _BatchNorm) for layer in pl_module.modules()):
+        return False
     if len(loaders) != 1:
         raise ValueError(
             f"Batch norm is recalibrated with the batches of one training loader; there are {len(loaders)}. Give one."
         )
-    with isolate_rng(), trainer.precision_plugin.forward_context():
-        fifth = islice(inputs_of(trainer, pl_module, fresh(loaders[0], seed)), -(-len(loaders[0]) // 5))
-        soups.recalibrate(pl_module, fifth, images=MOST_IMAGES)
-    if trainer.world_size > 1:
-        trainer.strategy.broadcast(Snapshot.of(pl_module)).restore_(pl_module)
+    if not is_overridden("forward", pl_module):
+        raise ValueError(f"Batch norm is recalibrated by calling {type(pl_module).__name__}: give it a `forward`.")
+    return True
 
 
 class Recalibration(L.Callback):
@@ -78,13 +96,23 @@ def inputs_of(trainer: L.Trainer, pl_module: L.LightningModule, batches: Iterabl
         # The private form calls the hook of a data module that has one, as `batch_to_device` does with the other hooks.
         batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
         batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
-        if not isinstance(inputs, Tensor):
-            raise ValueError(
-                f"A batch of the training loader is a {type(batch).__name__} that does not begin with a tensor of "
-                "inputs, so batch norm cannot be recalibrated. Let the loader yield (inputs, targets)."
-            )
-        yield inputs
+        yield inputs_in(batch)
+
+
+def inputs_in(batch: Any) -> Tensor:
+    """The first part of a batch, or a batch that is a tensor.
+
+    Raises:
+        ValueError: it does not begin with a tensor.
+    """
+    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(inputs, Tensor):
+        raise ValueError(
+            f"A batch of the training loader is a {type(batch).__name__} that does not begin with a tensor of inputs, "
+            "with which the module is called outside of its training steps, too. Let the loader yield (inputs, "
+            "targets)."
+        )
+    return inputs
 
 
 def fresh(loader: Any, seed: int) -> Iterator[Any]:
@@ -97,8 +125,7 @@ def fresh(loader: Any, seed: int) -> Iterator[Any]:
     if hasattr(loader, "fresh"):
         yield from loader.fresh(seed)
         return
-    streams = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
-    own = [stream for stream in streams if isinstance(stream, Generator)]
+    own = generators_of(loader)
     states = [stream.get_state() for stream in own]
     anew = copy.copy(loader)
     if isinstance(anew, DataLoader):

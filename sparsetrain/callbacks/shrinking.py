@@ -23,8 +23,8 @@ from sparsetrain.callbacks.trainer import (
     set_callbacks,
     uncompiled,
 )
-from sparsetrain.export.architecture import Architecture, Kept, base_shapes, cut_
-from sparsetrain.export.shrink import kept_places, shrink
+from sparsetrain.export.architecture import Architecture, Kept, base_shapes, cut_, note_cut
+from sparsetrain.export.shrink import exact_copy, kept_places, shrink
 from sparsetrain.export.units import Unit, pruned_units, units
 from sparsetrain.masks import take
 from sparsetrain.patterns import Channel
@@ -43,7 +43,9 @@ class Shrinking(L.Callback):
     loggers go on; gradients, optimizer state of a weight's shape, and masks are cut along the same places, where what
     is left may be all True. The loss is the same before and after (dropout draws other values, for it has fewer to
     draw), which is verified on a copy first. Where that fails, or nothing is cut off, the run warns and goes on as it
-    is. "sparsity/actual" is that of the smaller network from there on.
+    is. "sparsity/actual" is that of the smaller network from there on. Verified is `forward`; a layer that only
+    `training_step` calls, such as an auxiliary head or a probe, is not seen: if it reads a removed channel, the next
+    step fails. Let `forward` call it, or prune no channels that it reads.
 
     A checkpoint from then on holds the smaller network, which neither the dense module loads nor
     `load_from_checkpoint`. A Trainer with the callbacks of the fit shrinks a module that is built as for the fit before
@@ -67,8 +69,8 @@ class Shrinking(L.Callback):
     Raises:
         ValueError: a length that is none; at the start of the fit, one beyond the run or before the method's last
             update, no method or one that does not go with it, several devices, averages of weights, no example, a
-            module that cannot be traced, or an optimizer whose state cannot be cut; on loading, a checkpoint that
-            belongs to another module.
+            module that cannot be traced or run in float64, or an optimizer whose state cannot be cut; on loading, a
+            checkpoint that belongs to another module.
         ImportError: at the start of the fit, torch-pruning is missing.
     """
 
@@ -109,9 +111,12 @@ class Shrinking(L.Callback):
         assert self._method is not None
         self._architecture = Architecture.of(pl_module)
         self._check_at(trainer, self._method)
-        if self.removed is None and not isinstance(self._method, PolarizationGating):
+        if self.removed is None:
+            example = example_of(pl_module, self.input_shape, of=self)
             with uncompiled(pl_module):
-                self._units = units(pl_module, example_of(pl_module, self.input_shape, of=self))
+                exact_copy(pl_module, example)  # which is compared with the smaller one, later
+                if not isinstance(self._method, PolarizationGating):
+                    self._units = units(pl_module, example)
         self._shrink_if_due(trainer, pl_module)  # in a checkpoint that was written between the step and this callback
 
     def on_train_batch_end(
@@ -164,7 +169,6 @@ class Shrinking(L.Callback):
                     f"{saved.shapes.get(differing, 'missing')} there and is {shapes.get(differing, 'missing')} in this "
                     f"{type(pl_module).__name__}. Build the module as for that fit."
                 )
-            _note_parts(pl_module, saved)
             saved.apply_(pl_module)
         elif present != (saved or Architecture(base_shapes(pl_module))):
             raise ValueError(
@@ -326,7 +330,7 @@ def _cut_state_(optimizers: Iterable[Optimizer], module: nn.Module, kept: Kept) 
 def _cut_module_(module: nn.Module, small: nn.Module, kept: Kept) -> None:
     """Give `module` the shapes and values of `small`; its parameters stay the same objects."""
     live = dict(module.named_parameters())
-    _note_parts(module, Architecture({}, kept))
+    note_cut(module, kept)
     cut_(module, kept)
     for name, parameter in live.items():
         if name in kept:
@@ -339,17 +343,3 @@ def _cut_module_(module: nn.Module, small: nn.Module, kept: Kept) -> None:
             parameter.grad = None if gradient is None else take(gradient, kept[name])
             setattr(module.get_submodule(path), attribute, parameter)
         parameter.copy_(small.get_parameter(name))  # constants may have moved into biases
-    Architecture.of(small).note(module)
-
-
-def _note_parts(module: nn.Module, cut: Architecture) -> None:
-    """Leave what is about to be cut with the module's children, too: a network is saved without its LightningModule."""
-    for name, child in module.named_children():
-        prefix = f"{name}."
-        kept = {tensor.removeprefix(prefix): dims for tensor, dims in cut.kept.items() if tensor.startswith(prefix)}
-        biases, blocks = (
-            [part.removeprefix(prefix) for part in parts if part.startswith(prefix)]
-            for parts in (cut.biases, cut.blocks)
-        )
-        if kept or biases or blocks:
-            Architecture.of(child).then(kept, biases, blocks).note(child)

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from sparsetrain.callbacks.iterative import IterativeMagnitudePruning, of_first_rank
-from sparsetrain.callbacks.recalibration import recalibrate, recalibration_seed
+from sparsetrain.callbacks.recalibration import inputs_in, needs_recalibration, recalibrate, recalibration_seed
 from sparsetrain.callbacks.trainer import train_loaders
 from sparsetrain.callbacks.vary import VariedSettings, Vary
 from sparsetrain.masks import Pruning
@@ -56,6 +56,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
 
     _mean: RunningMean | None
     _ends_leg: bool  # whether the batch begun last is the last one of a leg, and the leg has not been ended
+    _checks_batch: bool
 
     def __init__(
         self,
@@ -141,6 +142,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
                 "it. Give it as ckpt_path."
             )
         super().on_train_start(trainer, pl_module)
+        self._checks_batch = needs_recalibration(pl_module, list(train_loaders(trainer)))
         if not resumed:
             self._varied.check(trainer.optimizers, pl_module)
         elif self.leg:
@@ -152,6 +154,9 @@ class SparseModelSoup(IterativeMagnitudePruning):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if self._checks_batch:  # whether its like can recalibrate batch norm at the end of a round
+            inputs_in(batch)
+            self._checks_batch = False
         self._ends_leg = self.leg > 0 and self.ends_leg(trainer, batch_idx)
 
     def on_train_batch_end(
@@ -234,7 +239,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
 
     def _begin(self) -> None:
         super()._begin()
-        self._mean, self._ends_leg = None, False
+        self._mean, self._ends_leg, self._checks_batch = None, False, False
         self._varied.release()
         self._varied = VariedSettings(self.vary)
 

@@ -54,10 +54,10 @@ class Architecture:
 
     def apply_(self, model: nn.Module) -> None:
         """Bring a base model to this architecture, in place; its tensors keep their values in what is left."""
+        note_cut(model, self.kept, self.biases, self.blocks)
         remove_(model, self.blocks)
         add_biases_(model, self.biases)
         cut_(model, self.kept)
-        self.note(model)
 
     def state(self) -> dict[str, Any]:
         """All of it in primitives, for JSON and checkpoints."""
@@ -83,6 +83,18 @@ class Architecture:
     def note(self, model: nn.Module) -> None:
         """Leave it with `model`, whose state dict and copies are otherwise as those of the base model."""
         setattr(model, _ATTRIBUTE, self)
+
+
+def note_cut(model: nn.Module, kept: Kept, biases: Iterable[str] = (), blocks: Iterable[str] = ()) -> None:
+    """Leave what is about to be cut with `model` and with each of its parts, which may be saved by itself."""
+    Architecture.of(model).then(kept, biases, blocks).note(model)
+    for name, child in model.named_children():
+        prefix = f"{name}."
+        inner = {tensor.removeprefix(prefix): dims for tensor, dims in kept.items() if tensor.startswith(prefix)}
+        added = [layer.removeprefix(name).removeprefix(".") for layer in biases if is_inside(f"{layer}.bias", [name])]
+        removed = [block.removeprefix(prefix) for block in blocks if is_inside(block, [name])]
+        if inner or added or removed:
+            note_cut(child, inner, added, removed)
 
 
 def base_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

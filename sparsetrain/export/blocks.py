@@ -1,6 +1,5 @@
 """Whole residual blocks as units: with some of its own parameters at 0, a block returns what it is given."""
 
-import copy
 import difflib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from sparsetrain.export.graph import Slice
-from sparsetrain.export.shrink import trial_inputs
+from sparsetrain.export.shrink import exact_copy
 from sparsetrain.export.units import Unit, check_folded
 from sparsetrain.report.measure import cost
 
@@ -97,9 +96,9 @@ def removable(
         among: names of modules; the innermost are taken, and that hold a linear layer or convolution.
         named: those of them that are looked at in any case.
     """
-    exact = copy.deepcopy(model).double().eval()
+    exact, examples = exact_copy(model, example_input)
     parts = {name: part for name, part in exact.named_modules() if name}
-    calls = _calls(exact, {part: name for name, part in parts.items()}, trial_inputs(example_input))
+    calls = _calls(exact, {part: name for name, part in parts.items()}, examples)
     stream = torch.Generator().manual_seed(0)
     flops = cost(model, example_input)
     found: dict[str, Block] = {}
@@ -179,13 +178,7 @@ def _calls(model: nn.Module, names: dict[nn.Module, str], examples: Sequence[Ten
     with torch.no_grad():
         for example in examples:
             runs.append({})
-            try:
-                model(example)
-            except Exception as error:
-                raise ValueError(
-                    f"{type(model).__name__} cannot run in float64 on an input of shape {tuple(example.shape)}: "
-                    f"{type(error).__name__}: {error}. Give an example that the model takes, or remove no blocks."
-                ) from error
+            model(example)
     for handle in handles:
         handle.remove()
     return {

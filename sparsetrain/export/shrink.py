@@ -1,20 +1,23 @@
 """Physically smaller networks: units are cut out of every tensor, and the outputs stay what they were."""
 
 import copy
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
 from sparsetrain.export.architecture import (
-    Architecture,
     add_biases_,
     cut_,
     is_inside,
+    note_cut,
     out_dim,
     outermost,
     remove_,
@@ -58,8 +61,9 @@ def shrink(model: nn.Module, units: Sequence[Unit], example_input: Tensor) -> nn
     an `nn.Identity`; what other units have in it goes with it.
 
     The original is left alone: until the copy is verified it is the only good network. Verified is, in float64 and
-    evaluation mode, on the example and on random values of its shape, that no output differs by more than 1e-9
-    (relative to the largest, if that is above 1).
+    evaluation mode, on the example and on random values of its shape, that all outputs keep their shapes and none
+    differs by more than 1e-9 (relative to the largest, if that is above 1). In training mode, where dropout and batch
+    norm let values differ, it is the shapes, if the model runs on the example alone there and in a single process.
 
     Args:
         model: a plain one, without gates or effective layers.
@@ -72,16 +76,17 @@ def shrink(model: nn.Module, units: Sequence[Unit], example_input: Tensor) -> nn
         exports as any other; `save_shrunk` saves it.
 
     Raises:
-        ValueError: units of another model; all of one layer; a unit in use, or that emits what cannot be folded.
-        RuntimeError: the smaller model computes something else; the message names the first layer that does.
+        ValueError: units of another model; all of one layer; a unit in use, or that emits what cannot be folded; a
+            model that cannot run the example in float64.
+        RuntimeError: the smaller model computes something else, cannot run, or has an output of another shape; the
+            message names the first layer that does.
     """
     closed = [unit for unit in units if unit.is_block]
     removed = outermost(unit.name for unit in closed)
     units = _outside(units, removed)
     kept = kept_places(model, [*closed, *units])
     _check_closed(model, closed)
-    exact = copy.deepcopy(model).double().eval()
-    examples = trial_inputs(example_input)
+    exact, examples = exact_copy(model, example_input)
     shifts = _shifts(exact, units, examples)
     biases = [name for name in shifts if model.get_submodule(name).bias is None]
     for name in biases:
@@ -100,9 +105,9 @@ def shrink(model: nn.Module, units: Sequence[Unit], example_input: Tensor) -> nn
         return copied
 
     _check_same(exact, cut(copy.deepcopy(exact)), examples)
-    small = cut(copy.deepcopy(model))
-    Architecture.of(model).then(kept, biases, removed).note(small)
-    return small
+    small = copy.deepcopy(model)
+    note_cut(small, kept, biases, removed)
+    return cut(small)
 
 
 def kept_places(model: nn.Module, units: Sequence[Unit]) -> dict[str, dict[int, tuple[int, ...]]]:
@@ -250,7 +255,29 @@ def _ranges(
     return ranges
 
 
-def trial_inputs(example_input: Tensor) -> list[Tensor]:
+def exact_copy(model: nn.Module, example_input: Tensor) -> tuple[nn.Module, list[Tensor]]:
+    """A copy in float64 and evaluation mode, and inputs that it takes.
+
+    Raises:
+        ValueError: it cannot run them.
+    """
+    exact = copy.deepcopy(model)
+    try:
+        examples = _trial_inputs(example_input)
+        exact.double().eval()
+        with torch.no_grad():
+            for example in examples:
+                exact(example.clone())
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot run in float64 on an input of shape {tuple(example_input.shape)}: "
+            f"{type(error).__name__}: {error}. Give an example that the model takes; where the model casts to a fixed "
+            "dtype, let it cast to that of its weights. Or remove nothing from it."
+        ) from error
+    return exact, examples
+
+
+def _trial_inputs(example_input: Tensor) -> list[Tensor]:
     """The example in float64, and others: a value that is constant there by chance is not on both."""
     stream = torch.Generator().manual_seed(0)
     if not example_input.is_floating_point():
@@ -262,27 +289,70 @@ def trial_inputs(example_input: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def _check_same(exact: nn.Module, small: nn.Module, examples: Sequence[Tensor]) -> None:
+    """Raise if the smaller model computes something else, or would in training; both may be left in training mode.
+
+    Raises:
+        RuntimeError: it does; with the layer.
+    """
     for example in examples:
         expected: dict[str, list[Tensor]] = {}
-        made: dict[str, list[Tensor]] = {}
         _run(exact, example, expected)
-        failure: Exception | None = None
+        _check_run(small, example, expected, in_training=False)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return  # other processes may not call this: layers that wait for them in training would do so for ever
+    exact.train()
+    small.train()
+    example, expected = torch.cat([examples[0]] * 2), {}  # batch norm refuses a single value
+    with _streams_kept(example.device):
         try:
-            _run(small, example, made)
-        except Exception as error:  # whatever a layer of another size raises
-            failure = error
-        distances = {name: _distance(outputs, made[name]) for name, outputs in expected.items() if name in made}
-        if failure is None and distances[""] <= _TOLERANCE:
-            continue
-        left = {name for name, _ in small.named_modules()}
-        missing = next((name for name in expected if name in left and name not in made), "")
-        broken = missing or next((name for name, distance in distances.items() if not distance <= _TOLERANCE), "")
+            _run(exact, example, expected)
+        except Exception:  # in training it may want more than the example, such as targets
+            return
+    with _streams_kept(example.device):
+        _check_run(small, example, expected, in_training=True)
+
+
+def _check_run(small: nn.Module, example: Tensor, expected: Mapping[str, list[Tensor]], *, in_training: bool) -> None:
+    """Compare the outputs of each layer with those expected; in training the shapes of the model's alone."""
+    made: dict[str, list[Tensor]] = {}
+    failure: Exception | None = None
+    try:
+        _run(small, example, made)
+    except Exception as error:  # whatever a layer of another size raises
+        failure = error
+    compared = [] if in_training else [name for name in expected if name in made]
+    distances = {name: _distance(expected[name], made[name]) for name in compared}
+    were, are = ([tuple(output.shape) for output in outputs.get("", [])] for outputs in (expected, made))
+    if failure is None and were == are and distances.get("", 0.0) <= _TOLERANCE:
+        return
+    left = {name for name, _ in small.named_modules()}
+    missing = next((name for name in expected if name in left and name not in made), "")
+    broken = missing or next((name for name, distance in distances.items() if not distance <= _TOLERANCE), "")
+    mode = " in training mode" if in_training else ""
+    if failure is None and not broken and were != are:
         raise RuntimeError(
-            f"Without the units, layer {broken!r} of {type(small).__name__} is the first to compute something else"
-            + (f" ({failure})" if failure else f" (by {distances[broken]:.2g})")
-            + ". The model uses a channel in a way that the dependency graph does not see, such as a fixed number of "
-            "channels. Leave out the units that this layer reads."
-        ) from failure
+            f"Without the units, {type(small).__name__}{mode} has outputs of shapes {are} in place of {were}: their "
+            "channels reach an output in a way that the dependency graph does not see, such as through `detach`. Leave "
+            "out the units of this output."
+        )
+    how = failure or (f"by {distances[broken]:.2g}" if broken in distances else "it does not run")
+    raise RuntimeError(
+        f"Without the units, layer {broken!r} of {type(small).__name__} is the first to compute something else{mode} "
+        f"({how}). The model uses a channel in a way that the dependency graph does not see, such as a fixed number of "
+        "channels. Leave out the units that this layer reads"
+        + (", or delete it once training is over." if in_training else ".")
+    ) from failure
+
+
+@contextmanager
+def _streams_kept(device: torch.device) -> Iterator[None]:
+    """Leave torch's and Python's random streams as they are."""
+    state = random.getstate()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(state)
 
 
 def _run(model: nn.Module, example: Tensor, made: dict[str, list[Tensor]]) -> None:

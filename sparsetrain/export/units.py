@@ -48,6 +48,9 @@ def units(model: nn.Module, example_input: Tensor) -> tuple[Unit, ...]:
     Not removable are channels that a layer norm or group norm mixes (such as the stream of a transformer), that pass
     through a grouped convolution, a recurrent layer, a bare parameter or a tensor that is used twice, and the outputs.
 
+    Seen is what `forward` does with the example. Layers that only `training_step` calls, such as an auxiliary head or a
+    probe, are not: leave out units that they read, or call these layers in `forward`.
+
     Args:
         model: a plain module, without gates, that torch can differentiate; left as it is.
         example_input: a batch, shape (batch, ...), on the model's device.

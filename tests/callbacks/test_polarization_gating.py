@@ -1,3 +1,5 @@
+import math
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -11,9 +13,10 @@ from conformance.test_exact_resume import resumed_differences
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 from sparsetrain import PolarizationGating, Selection, export
-from sparsetrain.callbacks import LinearWeight
+from sparsetrain.callbacks import LinearWeight, gate_training, recalibration
 from sparsetrain.callbacks.gate_training import GateTraining
 from sparsetrain.callbacks.gated import GatedLayer, close_, closed_units, gated_blocks, gated_layers, masked, operations
 from sparsetrain.callbacks.polarization import Extraction
@@ -385,6 +388,93 @@ def test_gates_are_looked_at_without_augmentation_and_the_loader_goes_on_as_it_w
     fit(gating(), make=PlainModule, data={**loaders(), "train_dataloaders": train}, limit_val_batches=0)
     assert len(seen) == 15 + 1  # the batches of the run, and one that recalibrates batch norm
     assert train.augment == (shift,)
+
+
+class Stream(IterableDataset):
+    """The same images over and over, `ends` times; notes how many of each iteration were read."""
+
+    def __init__(self, ends: float) -> None:
+        self.ends, self.read = ends, []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = samples()
+        iteration, place = len(self.read), 0
+        self.read.append(0)
+        while place < self.ends * len(images):
+            self.read[iteration] = place + 1
+            yield images[place % len(images)] / 64 - 2, labels[place % len(images)]
+            place += 1
+
+
+@undecided
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.parametrize(("ends", "read"), [(math.inf, 56), (1, 40)])
+def test_of_a_loader_without_a_length_so_many_inputs_are_looked_at(monkeypatch, ends, read):
+    for module in (gate_training, recalibration):
+        monkeypatch.setattr(module, "MOST_IMAGES", 50)
+    stream = Stream(ends)
+    data = loaders() | {"train_dataloaders": DataLoader(stream, 8)}
+    run = fit(gating(extract_at=4), make=PlainModule, data=data, exact=False, max_steps=5, max_epochs=-1)
+    assert run.callback.extraction is not None
+    assert run.trainer.global_step == 5
+    assert stream.read[1:] == [read, read]  # by the gates, and by batch norm
+
+
+class Named(Quiet):
+    """Takes batches of {"images", "labels"}."""
+
+    def __init__(self, *, norm: bool) -> None:
+        super().__init__()
+        self.losses = 0
+        if not norm:
+            self.body[1] = nn.Identity()
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.losses += 1
+        return nn.functional.cross_entropy(self(batch["images"]), batch["labels"])
+
+
+def named() -> dict[str, Any]:
+    images, labels = samples()
+    data = [{"images": x / 64 - 2, "labels": y} for x, y in zip(images, labels, strict=True)]
+    return loaders() | {"train_dataloaders": DataLoader(data, 8)}
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+@pytest.mark.parametrize(("norm", "hidden"), [(True, 4), (False, 4), (True, None)])
+def test_batches_that_the_extraction_cannot_use_are_refused_before_a_step(norm, hidden):
+    module = Named(norm=norm)
+    with pytest.raises(ValueError, match=r"is a dict that does not begin with a tensor of inputs, with which"):
+        fit(gating(hidden=hidden), make=lambda: module, data=named(), exact=False)
+    assert module.losses == 0
+    assert not any(part._forward_pre_hooks for part in module.modules())
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+def test_any_batches_will_do_where_the_extraction_needs_none():
+    run = fit(gating(hidden=None), make=lambda: Named(norm=False), data=named(), exact=False)
+    assert run.callback.extraction.step == 8
+
+
+class Pairs(Quiet):
+    """Takes batches of two loaders and trains on the first."""
+
+    losses = 0
+
+    def training_step(self, batch: list[tuple[Tensor, Tensor]], batch_idx: int) -> Tensor:
+        self.losses += 1
+        return super().training_step(batch[0], batch_idx)
+
+
+@undecided
+def test_several_loaders_are_looked_at_in_turn_and_with_batch_norm_refused_before_a_step():
+    module, data = Pairs(), loaders()
+    data["train_dataloaders"] = [data["train_dataloaders"], loaders()["train_dataloaders"]]
+    with pytest.raises(ValueError, match=r"with the batches of one training loader; there are 2\. Give one"):
+        fit(gating(), make=lambda: module, data=data, exact=False)
+    assert module.losses == 0
+    module.body[1] = nn.Identity()
+    assert fit(gating(), make=lambda: module, data=data, exact=False).callback.extraction is not None
 
 
 def test_the_extraction_leaves_random_streams_and_modes_alone():

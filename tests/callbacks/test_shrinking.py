@@ -306,6 +306,36 @@ def test_nothing_cut_off_is_warned_of_and_the_run_goes_on():
     assert_same(run.outcome()["module"], fit(deepcopy(whole)).outcome()["module"])
 
 
+class Auxiliary(Quiet):
+    """Has a head for training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Linear(16, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = torch.relu(self.body(images))
+        return self.head(hidden) + self.aux(hidden) if self.training else self.head(hidden)
+
+
+def test_a_network_with_a_head_for_training_only_is_left_whole_and_trained_on():
+    with pytest.warns(UserWarning, match=r"did not shrink at step 5\. Without the units, layer 'aux' of Auxiliary"):
+        run = fit(pruning(), shrinking(), make=Auxiliary)
+    assert run.trainer.callbacks[-1].removed == 0
+    assert run.trainer.global_step == 15
+
+
+class Casting(Quiet):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images.float())
+
+
+@pytest.mark.parametrize("make", [pruning, gating], ids=["channels", "gates"])
+def test_a_module_that_cannot_run_in_float64_is_refused_before_a_step(make):
+    with pytest.raises(ValueError, match=r"Casting cannot run in float64 on an input of shape \(1, 1, 4, 4\)"):
+        fit(make(), shrinking(9), make=Casting)
+
+
 class Biasless(Quiet):
     def __init__(self) -> None:
         super().__init__()

@@ -349,6 +349,45 @@ def test_batches_that_cannot_be_used_are_refused(given, message):
     at_the_end(check, make=Quiet)
 
 
+class Counts(L.Callback):
+    """Counts the steps made."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_before_zero_grad(self, *_: Any) -> None:
+        self.steps += 1
+
+
+class ByName(Quiet):
+    """Takes batches that are dictionaries."""
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        return super().training_step((batch["image"], batch["label"]), batch_idx)
+
+
+class Unforwarded(Quiet):
+    forward = L.LightningModule.forward
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "message"),
+    [
+        (Quiet, lambda loader: [loader, loader], "one training loader; there are 2"),
+        (ByName, lambda loader: [{"image": x, "label": y} for x, y in loader], "dict that does not begin with a"),
+        (Unforwarded, lambda loader: loader, "by calling Unforwarded: give it a `forward`"),
+    ],
+    ids=["loaders", "batches", "module"],
+)
+def test_what_no_soup_can_be_made_with_is_refused_before_the_first_step(make, given, message):
+    counts, data = Counts(), loaders()
+    batches = given(data["train_dataloaders"])
+    loader = DataLoader(batches, batch_size=None) if make is ByName else batches
+    with pytest.raises(ValueError, match=message):
+        fit(soup(), counts, make=make, data=data | {"train_dataloaders": loader}, exact=False, max_epochs=-1)
+    assert counts.steps == 0
+
+
 def test_without_batch_norm_no_loader_is_looked_at():
     recalibrate(None, nn.Linear(2, 2), [], 1)
 

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparsetrain import Channel, Global, Pruning, Selection, Uniform, prune
@@ -534,3 +534,26 @@ def test_channels_pruned_by_one_ranking_make_a_smaller_resnet():
         for index in (~mask.any(3).any(2).any(0)).nonzero().flatten().tolist()
     }
     assert (exact(shrink(model, chosen, x), x) - exact(model, x)).abs().max() <= 1e-9
+
+
+class DropsTokens(nn.Module):
+    """Leaves out tokens at random while it trains, after dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.drop, self.write = nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.drop(self.read(x).relu())
+        if self.training:
+            h = h[:, torch.rand(h.shape[1]) > 0.5]
+        return self.write(h)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_outputs_of_random_shapes_in_training_do_not_prevent_a_smaller_network(seed):
+    torch.manual_seed(seed)
+    model, x = DropsTokens(), torch.randn(2, 12, 4)
+    chosen = units(model, x)[:3]
+    silence(model, chosen)
+    assert shrink(model, chosen, x).read.out_features == 5

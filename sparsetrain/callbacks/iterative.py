@@ -222,15 +222,6 @@ class IterativeMagnitudePruning(SparsityCallback):
         if leg > self.leg:
             _seed_all(derive_seed(self._seed, *self.stream(leg), trainer.global_rank))  # before an iterator draws
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        made = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        is_over = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-        if self._unit == "ep" and made < trainer.num_training_batches and not is_over:
-            raise ValueError(
-                f"Epoch {trainer.current_epoch} had {made} batches, where the loader's length is "
-                f"{trainer.num_training_batches}, by which rounds are counted. Set limit_train_batches={made}."
-            )
-
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:

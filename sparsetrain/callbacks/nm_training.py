@@ -20,7 +20,7 @@ from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
 from sparsetrain.callbacks.decay import ClipThenDecay, check_decay
 from sparsetrain.callbacks.masters import add_pruned_, copies_of, pruned_of
-from sparsetrain.callbacks.trainer import callbacks_of, is_fast_dev_run, set_callbacks, was_skipped
+from sparsetrain.callbacks.trainer import callbacks_of, is_compiled, is_fast_dev_run, set_callbacks, was_skipped
 from sparsetrain.masks import Masks, Pruning
 from sparsetrain.ops import NMRule
 from sparsetrain.ops.layers import EffectiveLayer, make_effective
@@ -421,7 +421,7 @@ class NMTraining(SparsityCallback):
         """Do what waited for a batch with an optimizer step."""
         if self._choice is not None:
             self._choice.after_step(trainer, pl_module)
-        if not self._layers:
+        if not self._layers or is_compiled(pl_module):  # compiled layers do not tell whether they are called
             return
         mine = torch.tensor([float(layer.called) for layer in self._layers.values()], device=pl_module.device)
         called = trainer.strategy.reduce(mine, reduce_op="sum").tolist()

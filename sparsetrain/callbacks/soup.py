@@ -142,7 +142,9 @@ class SparseModelSoup(IterativeMagnitudePruning):
                 "it. Give it as ckpt_path."
             )
         super().on_train_start(trainer, pl_module)
-        self._checks_batch = needs_recalibration(pl_module, list(train_loaders(trainer)))
+        loaders = list(train_loaders(trainer))
+        is_bare = loaders[:1] == [trainer.train_dataloader]  # else batches come in a list or a dictionary of its own
+        self._checks_batch = needs_recalibration(pl_module, loaders) and is_bare
         if not resumed:
             self._varied.check(trainer.optimizers, pl_module)
         elif self.leg:
@@ -154,8 +156,8 @@ class SparseModelSoup(IterativeMagnitudePruning):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._checks_batch:  # whether its like can recalibrate batch norm at the end of a round
-            inputs_in(batch)
+        if self._checks_batch and batch is not None:  # that of a `dataloader_iter` is
+            inputs_in(batch)  # for batch norm, at the end of a round
             self._checks_batch = False
         self._ends_leg = self.leg > 0 and self.ends_leg(trainer, batch_idx)
 
@@ -165,6 +167,16 @@ class SparseModelSoup(IterativeMagnitudePruning):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._ends_leg:
             self._end_leg(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        made = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        is_over = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
+        if self._unit == "ep" and made < trainer.num_training_batches and not is_over:
+            raise ValueError(
+                f"Epoch {trainer.current_epoch} had {made} batches, where the loader's length is "
+                f"{trainer.num_training_batches}: the last batch of an ingredient would not be known. Set "
+                f"limit_train_batches={made}."
+            )
 
     def facts(self) -> dict[str, float]:
         return {**super().facts(), "sparsity/ingredient": float(self.ingredient)}

@@ -58,7 +58,9 @@ def train_loaders(trainer: L.Trainer) -> Iterator[Any]:
 
 def generators_of(loader: Any) -> list[torch.Generator]:
     """The generators of a loader's own that its order comes from."""
-    found = (getattr(part, "generator", None) for part in (loader, getattr(loader, "sampler", None)))
+    batches = getattr(loader, "batch_sampler", None)
+    parts = (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None))
+    found = (getattr(part, "generator", None) for part in parts)
     return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
 
@@ -124,5 +126,11 @@ def uncompiled(pl_module: L.LightningModule) -> Iterator[None]:
 
 def forget_compiled(pl_module: L.LightningModule) -> None:
     """Compile again: compiled code does not notice that hooks come and go."""
-    if getattr(pl_module, "_compiler_ctx", None) or any(part._compiled_call_impl for part in pl_module.modules()):
+    if is_compiled(pl_module):
         torch.compiler.reset()
+
+
+def is_compiled(pl_module: L.LightningModule) -> bool:
+    """Whether the module, or a part of it, is compiled."""
+    parts = any(part._compiled_call_impl for part in pl_module.modules())
+    return parts or getattr(pl_module, "_compiler_ctx", None) is not None

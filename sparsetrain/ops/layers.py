@@ -23,7 +23,7 @@ class _Effective(nn.Module):
     weight: Tensor
     rule: NMRule
     backend: Literal["reference", "cusparselt"]  # set by `policy.choose`
-    called: bool  # whether a forward has used the effective weights since this was set to False
+    called: bool  # whether a forward that is not compiled has been made since this was set to False
     _held: Tensor | None  # plain attributes: never in the state dict
     _cached: tuple[Tensor, Tensor] | None
     _compressed: tuple[Tensor, Tensor] | None
@@ -165,7 +165,8 @@ class EffectiveLinear(_Effective, nn.Linear):
     """A linear layer with effective weights; made by `convert`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        self.called = True
+        if not torch.compiler.is_compiling():  # which cannot do this within activation checkpointing
+            self.called = True
         dtype = autograd.compute_dtype(self.weight)
         if self.runs_sparse(dtype):
             return self._sparse_product(input, self.bias, dtype)
@@ -176,7 +177,8 @@ class EffectiveConv2d(_Effective, nn.Conv2d):
     """A 2-D convolution with effective weights; made by `convert`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        self.called = True
+        if not torch.compiler.is_compiling():  # which cannot do this within activation checkpointing
+            self.called = True
         x, dtype = input, autograd.compute_dtype(self.weight)
         if self.runs_sparse(dtype):  # a 1x1 kernel without padding: in channels_last the permutations copy nothing
             rows, columns = self.stride

@@ -1,5 +1,5 @@
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -16,11 +16,9 @@ from conformance.harness import (
     fit,
     loaders,
     make_trainer,
-    samples,
     seed_all,
 )
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from sparsetrain import (
     ERK,
@@ -336,28 +334,6 @@ def test_fast_dev_run_prunes_to_the_final_sparsity_at_its_first_step_and_says_so
     assert run.callback.masks.sparsity() == pytest.approx(0.8, abs=1e-3)
     assert run.callback.step == int(batches)
     assert "fast_dev_run: pruning to 0.8 at the first step." in caplog.text
-
-
-class Shard(IterableDataset):
-    """Says that it has more samples than it gives."""
-
-    def __len__(self) -> int:
-        return 40
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        images, labels = samples()
-        yield from list(zip(images.float(), labels, strict=True))[:32]
-
-
-@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__`")
-def test_a_loader_that_gives_fewer_batches_than_its_length_is_refused_after_the_first_epoch():
-    def data() -> dict[str, Any]:
-        return loaders() | {"train_dataloaders": DataLoader(Shard(), batch_size=8)}
-
-    with pytest.raises(ValueError, match=r"Epoch 0 had 4 batches, where .* is 5, .* Set limit_train_batches=4\."):
-        recorded(imp(length="1ep"), make=PlainModule, data=data(), exact=False)
-    run, _ = recorded(imp(length="1ep"), make=PlainModule, data=data(), exact=False, limit_train_batches=4)
-    assert run.callback.round == 2
 
 
 # Checkpoints

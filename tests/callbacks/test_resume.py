@@ -22,7 +22,7 @@ from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from sparsetrain.callbacks.resume import ExactResume, _random_state, _set_random_state
 
@@ -141,18 +141,21 @@ def test_gradients_accumulated_under_manual_optimization_are_restored_from_every
         assert_same(whole, train(SaveNowhere(), ckpt_path=saved.path))
 
 
-@pytest.mark.parametrize("of_sampler", [False, True], ids=["of_loader", "of_sampler"])
-def test_a_plain_loader_with_a_generator_of_its_own_goes_on_from_the_end_of_an_epoch(tmp_path, of_sampler):
-    def train(*callbacks: L.Callback, **settings: Any) -> Any:
+@pytest.mark.parametrize("owner", ["loader", "sampler", "batch_sampler"])
+def test_a_plain_loader_with_a_generator_of_its_own_goes_on_from_the_end_of_an_epoch(tmp_path, owner):
+    def train(*callbacks: L.Callback, **options: Any) -> Any:
         images, labels = samples()
         dataset = TensorDataset((images.float() - 128) / 64, labels)
         stream = torch.Generator().manual_seed(5)
-        if of_sampler:
-            loader = DataLoader(dataset, 8, sampler=RandomSampler(dataset, generator=stream))
-        else:
-            loader = DataLoader(dataset, 8, shuffle=True, generator=stream)
+        sampler = RandomSampler(dataset, generator=stream)
+        settings = {
+            "loader": {"batch_size": 8, "shuffle": True, "generator": stream},
+            "sampler": {"batch_size": 8, "sampler": sampler},
+            "batch_sampler": {"batch_sampler": BatchSampler(sampler, 8, drop_last=False)},
+        }
+        loader = DataLoader(dataset, **settings[owner])
         data = loaders() | {"train_dataloaders": loader}
-        return fit(*callbacks, make=PlainModule, data=data, **settings).outcome()
+        return fit(*callbacks, make=PlainModule, data=data, **options).outcome()
 
     saver = SaveEverywhere(tmp_path)
     whole = train(saver)

@@ -23,7 +23,7 @@ from conformance.harness import (
 )
 from torch import Tensor, nn
 from torch.optim import SGD
-from torch.utils.data import DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from sparsetrain import CyclicLR, IterativeMagnitudePruning, LinearLR, ReplayLR, SparseModelSoup, Vary
 from sparsetrain.callbacks.recalibration import recalibrate, recalibration_seed
@@ -349,6 +349,28 @@ def test_batches_that_cannot_be_used_are_refused(given, message):
     at_the_end(check, make=Quiet)
 
 
+class Shard(IterableDataset):
+    """Says that it has more samples than it gives."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        images, labels = samples()
+        yield from list(zip(images.float(), labels, strict=True))[:32]
+
+
+@pytest.mark.filterwarnings("ignore:Your `IterableDataset` has `__len__`")
+def test_a_loader_that_gives_fewer_batches_than_its_length_is_refused_after_the_first_epoch():
+    def data() -> dict[str, Any]:
+        return loaders() | {"train_dataloaders": DataLoader(Shard(), batch_size=8)}
+
+    with pytest.raises(ValueError, match=r"Epoch 0 had 4 batches, where .* is 5: .* Set limit_train_batches=4\."):
+        recorded(soup(), make=Quiet, data=data(), exact=False)
+    run, _ = recorded(soup(), make=Quiet, data=data(), exact=False, limit_train_batches=4)
+    assert run.callback.round == 2
+
+
 class Counts(L.Callback):
     """Counts the steps made."""
 
@@ -386,6 +408,19 @@ def test_what_no_soup_can_be_made_with_is_refused_before_the_first_step(make, gi
     with pytest.raises(ValueError, match=message):
         fit(soup(), counts, make=make, data=data | {"train_dataloaders": loader}, exact=False, max_epochs=-1)
     assert counts.steps == 0
+
+
+@pytest.mark.parametrize("wrap", [lambda loader: [loader], lambda loader: {"only": loader}], ids=["list", "dict"])
+def test_one_loader_may_come_in_a_list_or_a_dictionary(wrap):
+    class Unwraps(Quiet):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            (part,) = batch.values() if isinstance(batch, dict) else batch
+            return super().training_step(part, batch_idx)
+
+    data = loaders()
+    data |= {"train_dataloaders": wrap(data["train_dataloaders"])}
+    run = fit(soup(rounds=1), make=Unwraps, data=data, exact=False, max_epochs=-1)
+    assert run.callback.masks.sparsity() == pytest.approx(0.8, abs=1e-3)
 
 
 def test_without_batch_norm_no_loader_is_looked_at():

@@ -10,6 +10,7 @@ import torch
 from ops import slow
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.ops import (
     EffectiveConv2d,
@@ -378,3 +379,19 @@ def test_channels_last_is_kept():
     x = image().to(memory_format=torch.channels_last)
     module(x).sum().backward()
     assert module[2].weight.grad is not None
+
+
+def test_a_compiled_layer_within_activation_checkpointing_is_part_of_one_graph():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.second(checkpoint(self.first, x, use_reentrant=False))
+
+    module, x = Checkpointed(), torch.randn(3, 8, requires_grad=True)
+    convert(module, NMRule(2, 4))
+    torch.compiler.reset()
+    y = torch.compile(module, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(y, module(x))

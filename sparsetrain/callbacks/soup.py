@@ -57,6 +57,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
     _mean: RunningMean | None
     _ends_leg: bool  # whether the batch begun last is the last one of a leg, and the leg has not been ended
     _checks_batch: bool
+    _resumed_in: int  # the epoch; -1 in a run that is not resumed
 
     def __init__(
         self,
@@ -142,6 +143,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
                 "it. Give it as ckpt_path."
             )
         super().on_train_start(trainer, pl_module)
+        self._resumed_in = trainer.current_epoch if resumed else -1
         loaders = list(train_loaders(trainer))
         is_bare = loaders[:1] == [trainer.train_dataloader]  # else batches come in a list or a dictionary of its own
         self._checks_batch = needs_recalibration(pl_module, loaders) and is_bare
@@ -171,7 +173,8 @@ class SparseModelSoup(IterativeMagnitudePruning):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         made = trainer.fit_loop.epoch_loop.batch_progress.current.ready
         is_over = trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step
-        if self._unit == "ep" and made < trainer.num_training_batches and not is_over:
+        is_whole = trainer.current_epoch != self._resumed_in  # a checkpoint that was saved amid a batch loses this one
+        if self._unit == "ep" and made < trainer.num_training_batches and is_whole and not is_over:
             raise ValueError(
                 f"Epoch {trainer.current_epoch} had {made} batches, where the loader's length is "
                 f"{trainer.num_training_batches}: the last batch of an ingredient would not be known. Set "
@@ -251,7 +254,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
 
     def _begin(self) -> None:
         super()._begin()
-        self._mean, self._ends_leg, self._checks_batch = None, False, False
+        self._mean, self._ends_leg, self._checks_batch, self._resumed_in = None, False, False, -1
         self._varied.release()
         self._varied = VariedSettings(self.vary)
 

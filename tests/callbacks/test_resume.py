@@ -1,5 +1,6 @@
 import inspect
 import random
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -131,7 +132,7 @@ class ManuallyAccumulating(PlainModule):
 @pytest.mark.parametrize("cleared", [True, False])
 def test_gradients_accumulated_under_manual_optimization_are_restored_from_every_checkpoint(tmp_path, cleared):
     def train(*callbacks: L.Callback, **settings: Any) -> Any:
-        make = lambda: ManuallyAccumulating(cleared=cleared)  # noqa: E731
+        make = partial(ManuallyAccumulating, cleared=cleared)
         return fit(*callbacks, make=make, max_epochs=2, val_check_interval=4, **settings).outcome()
 
     saver = SaveEverywhere(tmp_path)

@@ -80,7 +80,7 @@ class NMTraining(SparsityCallback):
     _dtype: torch.dtype | None
     _dense: tuple[nn.Module, ...]
     _choice: BackendChoice | None
-    _held: list[tuple[int, int]]
+    _followed: list[tuple[int, int]]  # what `_holdings` was when `_trained` was filled
     _first_step: int | None  # before the first step of this fit; None after it
 
     def __init__(
@@ -253,7 +253,7 @@ class NMTraining(SparsityCallback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         # Gradients are left alone: they are dense.
-        if self._layers and self._held != _held(trainer):
+        if self._layers and self._followed != _holdings(trainer):
             self._follow(trainer, pl_module)
             self._to_count = optimizer is self._counted
 
@@ -317,7 +317,7 @@ class NMTraining(SparsityCallback):
     def _begin(self) -> None:
         super()._begin()
         self._rows, self._layers, self._trained, self._holders, self._dense = (), {}, [], [], ()
-        self._handles, self._held, self._counted, self._to_count = [], [], None, False
+        self._handles, self._followed, self._counted, self._to_count = [], [], None, False
         self._replaced, self._choice = [], None
         self._every, self._until, self._dtype, self._first_step = 1, None, None, None
         self._shadow, self._loaded = {}, {}
@@ -366,7 +366,7 @@ class NMTraining(SparsityCallback):
     def _follow(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count steps, and take note that weights have moved."""
         self._unfollow()
-        self._held = _held(trainer)
+        self._followed = _holdings(trainer)
         for optimizer in trainer.optimizers:
             held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             if trained := [layer for layer in self._layers.values() if id(layer.weight) in held]:
@@ -463,7 +463,7 @@ class NMTraining(SparsityCallback):
         self._replaced = []
 
 
-def _held(trainer: L.Trainer) -> list[tuple[int, int]]:
+def _holdings(trainer: L.Trainer) -> list[tuple[int, int]]:
     """Each optimizer, and how many parameters it holds: they may be replaced, and get more."""
     return [(id(o), sum(len(group["params"]) for group in o.param_groups)) for o in trainer.optimizers]
 

@@ -47,18 +47,23 @@ def test_a_run_leaves_the_smaller_network_with_the_same_outputs_and_its_cost_and
     assert (tmp_path / "gates.png").exists() == (method is not CHANNELS)
 
 
+def assert_smaller_is_the_same(folder: Path) -> None:
+    """What a run of LeNet has left in shrunk/ computes what its network does, and has its test metrics."""
+    network = LeNet300100((1, 4, 4), num_classes=3)
+    small = load_shrunk(network, folder / "shrunk")
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    images = torch.randn(5, 1, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), network(images))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["shrunk"]["test"] == pytest.approx(summary["test"], abs=1e-6)
+
+
 def test_the_smaller_network_of_a_soup_computes_what_the_soup_does_not_its_last_ingredient(tmp_path):
     soup = ("method=soup", "method.rounds=1", "method.round_length=1ep", "method.ingredients=2", "method.sparsity=0.5")
     exclude = ("method.pruning.where.exclude=[network.fc1.weight]", "trainer.max_epochs=-1")
     train(configuration(tmp_path, *soup, *exclude, "allocation=uniform", "pattern=channel"))
-    network = LeNet300100((1, 4, 4), num_classes=3)
-    small = load_shrunk(network, tmp_path / "shrunk")
-    network.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    images = torch.randn(5, 1, 4, 4)
-    with torch.no_grad():
-        torch.testing.assert_close(small(images), network(images))
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["shrunk"]["test"] == pytest.approx(summary["test"], abs=1e-6)
+    assert_smaller_is_the_same(tmp_path)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true"])

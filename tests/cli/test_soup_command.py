@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli.test_shrunk import assert_smaller_is_the_same
 from conftest import DENSE
 from hydra.errors import HydraException
 from safetensors.torch import load_file
@@ -17,8 +18,6 @@ from safetensors.torch import load_file
 from sparsetrain import load_masks
 from sparsetrain.cli import soup as command
 from sparsetrain.cli.train import compose, train
-from sparsetrain.export import load_shrunk
-from sparsetrain.models import LeNet300100
 
 SOUP = (
     *DENSE,
@@ -144,14 +143,7 @@ def test_a_soup_without_whole_channels_leaves_the_smaller_network_too(jobs: InPr
     lenet = tuple(one for one in SOUP if not one.startswith("model"))
     channels = ("pattern=channel", "allocation=uniform", "method.pruning.where.exclude=[network.fc1.weight]")
     command.soup(tmp_path, (*lenet, *channels, "method.rounds=1"))
-    network = LeNet300100((1, 4, 4), num_classes=3)
-    small = load_shrunk(network, tmp_path / "shrunk")
-    network.load_state_dict(load_file(tmp_path / "model.safetensors"))
-    images = torch.randn(5, 1, 4, 4)
-    with torch.no_grad():
-        torch.testing.assert_close(small(images), network(images))
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["shrunk"]["test"] == pytest.approx(summary["test"], abs=1e-6)
+    assert_smaller_is_the_same(tmp_path)
 
 
 def test_what_is_finished_is_not_made_again_and_what_died_is_tried_again(

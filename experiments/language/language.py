@@ -14,6 +14,7 @@ from sparsetrain.cli.grid import origin
 from sparsetrain.report import markdown_table, t_interval
 
 DENSE, GRADUAL, BDWP, STRAIGHT = "dense", "gradual, 80%", "BDWP 2:4", "SR-STE 2:4"
+DECAYED, UNDECAYED = "BDWP 2:4, decay 0.0002", "STE 2:4"
 
 
 class LanguageStudy(Study):
@@ -53,9 +54,15 @@ def study(name: str, title: str, recipe: tuple[str, ...]) -> LanguageStudy:
             GRADUAL: (*cubic(0.8), "method.pruning.where.include=['*blocks*']"),
             BDWP: ("method=bdwp",),
             STRAIGHT: ("method=straight_through",),
+            DECAYED: ("method=bdwp", "method.decay=2.0e-4"),
+            UNDECAYED: ("method=straight_through", "method.decay=0.0"),
         },
         control=DENSE,
-        claims=(Above(BDWP, DENSE, -1.0), Above(STRAIGHT, DENSE, -1.0), Above(GRADUAL, DENSE, -1.0)),
+        claims=(
+            *(Above(BDWP, DENSE, -1.0), Above(STRAIGHT, DENSE, -1.0), Above(GRADUAL, DENSE, -1.0)),
+            *(Above(UNDECAYED, BDWP), Above(STRAIGHT, DECAYED), Above(STRAIGHT, UNDECAYED), Above(DECAYED, BDWP)),
+        ),
+        stages=((DENSE, GRADUAL, BDWP, STRAIGHT), (DECAYED, UNDECAYED)),
         facts=facts,
     )
 

@@ -19,18 +19,34 @@ def throughput(monkeypatch):
 def test_the_quick_mode_measures_every_way(throughput):
     results = throughput.measure(throughput.QUICK, "cpu")
     measured = results["cases"]["quick"]["images_per_s"]
-    assert {way: len(values) for way, values in measured.items()} == dict.fromkeys(throughput.WAYS["cpu"], 1)
+    assert {way: len(values) for way, values in measured.items()} == dict.fromkeys(throughput.WAYS["cpu"], 2)
     assert all(value > 0 for values in measured.values() for value in values)
     assert throughput.table(results).count("| ResNet-20 |") == len(throughput.WAYS["cpu"])
 
 
-def test_the_clock_begins_after_the_first_steps(throughput, monkeypatch):
-    now = iter([10.0, 25.0])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_turn_is_timed_without_its_first_step(throughput, monkeypatch, place):
+    now = iter([10.0, 25.0, 100.0, 103.0])
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: next(now)))
-    clock = throughput.Clock
-    monkeypatch.setattr(clock, "barrier", SimpleNamespace(wait=lambda timeout: None), raising=False)
-    monkeypatch.setattr(clock, "warm", 2, raising=False)
-    for step in range(4):
-        clock().on_train_batch_start(SimpleNamespace(global_step=step), None, None, step)
-    clock().on_train_end(None, None)
-    assert clock.seconds == 15.0
+    log = []
+    case = throughput.Case("two turns", (), batch=4, epoch=8, warm=2, turns=2, turn=3)
+    turns = throughput.Turns(SimpleNamespace(wait=lambda timeout: log.append("wait")), place, 3, case)
+    for step in range(8):
+        turns.before(step)
+        log.append(step)
+    turns.end()
+    assert turns.seconds == [15.0, 3.0]
+    before, after = ["wait"] * place, ["wait"] * (3 - place)
+    assert log == [0, 1, "wait", *before, 2, 3, 4, *after, *before, 5, 6, 7, *after]
+
+
+def test_steps_that_make_no_epoch_are_refused(throughput):
+    with pytest.raises(ValueError, match="odd: 1 steps make no epoch"):
+        _ = throughput.Case("odd", (), batch=4, epoch=8, warm=3, turns=2, turn=3).epochs
+
+
+def test_a_share_is_the_median_of_those_of_neighbouring_turns(throughput):
+    ways = {way: [10.0, 30.0, 20.0] for way in throughput.WAYS["cpu"]} | {"run": [9.0, 9.0, 18.0]}
+    case = {"title": "ResNet-20", "images_per_s": ways}
+    results = {"kind": "cpu", "cases": {"one": case}, "git": None, "versions": {}, "device": "", "date": ""}
+    assert "0.900 of loop" in throughput.table(results | {"load_before": 0.0})  # of medians: 9 / 20

@@ -21,7 +21,7 @@ from importlib import metadata
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import Any, ClassVar
 
 import lightning as L
@@ -93,19 +93,27 @@ class Case:
         title: what the table calls it.
         overrides: of its runs; the images are made up, of the shape of the real ones, and augmented like them.
         batch: images of a step.
-        steps: of an epoch.
-        epochs: of a run.
-        warm: first steps of a run, and of the loop, that do not count.
-        blocks: how often each way is measured.
+        epoch: steps of an epoch.
+        warm: first steps, which do not count.
+        turns: how often each way is measured.
+        turn: steps of a turn, the first of which does not count.
     """
 
     title: str
     overrides: tuple[str, ...]
     batch: int
-    steps: int
-    epochs: int
+    epoch: int
     warm: int
-    blocks: int
+    turns: int
+    turn: int
+
+    @property
+    def epochs(self) -> int:
+        """Of a run; nothing is left over, which would train beside the turn of another one."""
+        epochs, left = divmod(self.warm + self.turns * self.turn, self.epoch)
+        if left:
+            raise ValueError(f"{self.title}: {left} steps make no epoch.")
+        return epochs
 
 
 RESNET20 = (
@@ -118,57 +126,103 @@ HALF = (
 )
 CASES = {
     "cpu": {
-        "resnet20": Case("ResNet-20, 32 px, batch 128", RESNET20, 128, steps=60, epochs=1, warm=4, blocks=3),
-        "half": Case("ResNet-20 of half the width, 8 px, batch 512", HALF, 512, steps=100, epochs=1, warm=4, blocks=3),
+        "resnet20": Case("ResNet-20, 32 px, batch 128", RESNET20, 128, epoch=180, warm=4, turns=16, turn=11),
+        "half": Case("ResNet-20 of half the width, 8 px, batch 512", HALF, 512, epoch=635, warm=5, turns=30, turn=21),
     },
-    "gpu": {"resnet20": Case("ResNet-20, 32 px, batch 128", RESNET20, 128, steps=351, epochs=4, warm=351, blocks=3)},
+    "gpu": {"resnet20": Case("ResNet-20, 32 px, batch 128", RESNET20, 128, epoch=351, warm=351, turns=39, turn=54)},
 }
-QUICK = {"quick": Case("ResNet-20", HALF, 4, steps=20, epochs=1, warm=2, blocks=1)}
+QUICK = {"quick": Case("ResNet-20", HALF, 4, epoch=10, warm=2, turns=2, turn=4)}
+
+
+class Turns:
+    """Lets ways train in turn, each for some steps, while the others wait at a barrier; times all but the first step.
+
+    Args:
+        barrier: of the processes of all ways.
+        place: of this process's way among the ways, from 0,
+        ways: and how many these are.
+        case: says how many steps a turn has, and how many come before the first one.
+    """
+
+    def __init__(self, barrier: Barrier, place: int, ways: int, case: Case) -> None:
+        self.barrier, self.place, self.ways, self.case = barrier, place, ways, case
+        self.seconds: list[float] = []
+        """Of each turn."""
+
+    def before(self, step: int) -> None:
+        """Is called before step `step`, from 0."""
+        number, within = divmod(step - self.case.warm, self.case.turn)
+        if number < 0:
+            return
+        if within == 0:
+            if number:
+                self.end()
+            else:
+                self._wait(1)
+            self._wait(self.place)
+        elif within == 1:
+            _wait_for_device()
+            self.seconds.append(-time.perf_counter())
+
+    def end(self) -> None:
+        """End the turn, and wait until those after it have had theirs."""
+        _wait_for_device()
+        self.seconds[-1] += time.perf_counter()
+        self._wait(self.ways - self.place)
+
+    def _wait(self, times: int) -> None:
+        for _ in range(times):
+            self.barrier.wait(timeout=600)
 
 
 class Clock(L.Callback):
-    """Seconds of a run after its first steps, from when all runs beside it have come as far."""
+    """Lets a run take its turns."""
 
-    barrier: ClassVar[Barrier]
-    warm: ClassVar[int]
-    seconds: ClassVar[float]
+    turns: ClassVar[Turns]
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        if trainer.global_step == Clock.warm:
-            _wait_for_device()
-            Clock.barrier.wait(timeout=600)
-            Clock.seconds = -time.perf_counter()
+        Clock.turns.before(trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        _wait_for_device()
-        Clock.seconds += time.perf_counter()
+        Clock.turns.end()
 
 
-def block(case: Case, way: Way, device: str) -> float:
-    """Images a second, of all processes together."""
-    barrier, queue = CONTEXT.Barrier(way.processes), CONTEXT.SimpleQueue()
+def images_per_s(case: Case, ways: Mapping[str, Way], device: str) -> dict[str, list[float]]:
+    """Of each way, those of all its processes together, turn by turn."""
+    barrier, queue = CONTEXT.Barrier(sum(way.processes for way in ways.values())), CONTEXT.SimpleQueue()
     processes = [
-        CONTEXT.Process(target=_measure, args=(case, way, device, barrier, queue)) for _ in range(way.processes)
+        CONTEXT.Process(target=_measure, args=(case, name, way, device, Turns(barrier, place, len(ways), case), queue))
+        for place, (name, way) in enumerate(ways.items())
+        for _ in range(way.processes)
     ]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
     if any(process.exitcode for process in processes):
-        raise RuntimeError(f"{way.title} of {case.title} failed; its error is above.")
-    images, seconds = zip(*(queue.get() for _ in processes), strict=True)
-    return round(sum(images) / max(seconds), 1)
+        raise RuntimeError(f"{case.title} failed; its error is above.")
+    seconds: dict[str, list[list[float]]] = {name: [] for name in ways}
+    for _ in processes:
+        name, mine = queue.get()
+        seconds[name].append(mine)
+    images = case.batch * (case.turn - 1)
+    return {
+        name: [round(len(every) * images / max(together), 1) for together in zip(*every, strict=True)]
+        for name, every in seconds.items()
+    }
 
 
-def _measure(case: Case, way: Way, device: str, barrier: Barrier, queue: "SimpleQueue[tuple[int, float]]") -> None:
-    """Put images and seconds of one process into the queue."""
+def _measure(
+    case: Case, name: str, way: Way, device: str, turns: Turns, queue: "SimpleQueue[tuple[str, list[float]]]"
+) -> None:
+    """Put the seconds of one process into the queue."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // way.processes))
     with tempfile.TemporaryDirectory() as folder:
         length = (
-            *(f"dataset.batch_size={case.batch}", f"dataset.train_size={case.batch * case.steps}"),
+            *(f"dataset.batch_size={case.batch}", f"dataset.train_size={case.batch * case.epoch}"),
             *(f"trainer.max_epochs={case.epochs}", f"trainer.check_val_every_n_epoch={case.epochs + 1}"),
         )
         quiet = (
@@ -177,36 +231,34 @@ def _measure(case: Case, way: Way, device: str, barrier: Barrier, queue: "Simple
             f"+callbacks.clock={{_target_: {__name__}.Clock}}",
         )
         cfg = compose(*case.overrides, *way.overrides, *length, *quiet, f"trainer={device}", output_dir=folder)
-        images = case.batch * (case.steps * case.epochs - case.warm)
-        if way.is_loop:
-            queue.put((images, _loop(cfg, case)))
-            return
-        Clock.barrier, Clock.warm = barrier, case.warm
-        train(cfg)
-        queue.put((images, Clock.seconds))
+        Clock.turns = turns
+        try:
+            (_loop if way.is_loop else train)(cfg)
+        except BaseException:
+            turns.barrier.abort()  # nobody waits for this one
+            raise
+    queue.put((name, turns.seconds))
 
 
-def _loop(cfg: Any, case: Case) -> float:
-    """Seconds of as many steps on one batch, with the network and the optimizer of the run."""
+def _loop(cfg: Any) -> None:
+    """As many steps on one batch, with the network and the optimizer of the run."""
     module, datamodule, _ = make_parts(cfg)
     device = torch.device("cuda" if cfg.trainer.accelerator == "gpu" else "cpu")
     module.to(device)
     optimizer = instantiate(cfg.optim)(module.parameters())
+    turns = Clock.turns
+    case = turns.case
     images = torch.randn(case.batch, *datamodule.input_shape, device=device)
     labels = torch.randint(datamodule.num_classes, (case.batch,), device=device)
     torch.backends.cudnn.benchmark = cfg.trainer.benchmark
-    start = 0.0
-    for step in range(case.steps * case.epochs):
-        if step == case.warm:
-            _wait_for_device()
-            start = time.perf_counter()
+    for step in range(case.epoch * case.epochs):
+        turns.before(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=cfg.trainer.precision == "bf16-mixed"):
             loss = F.cross_entropy(module(images), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    _wait_for_device()
-    return time.perf_counter() - start
+    turns.end()
 
 
 def _wait_for_device() -> None:
@@ -215,46 +267,40 @@ def _wait_for_device() -> None:
 
 
 def measure(cases: Mapping[str, Case], device: str) -> dict[str, Any]:
-    """All ways of each case, in turn, another one first each time."""
-    ways = WAYS[device]
-    results: dict[str, Any] = {
+    """All ways of each case, in turn."""
+    return {
         "kind": device,
         "date": date.today().isoformat(),
         "git": git_state(),
         "versions": {name: metadata.version(name) for name in ("sparsetrain", "torch", "lightning")},
         "device": torch.cuda.get_device_name() if device == "gpu" else f"{cpu_name()}, {os.cpu_count()} threads",
         "load_before": os.getloadavg()[0],
-        "cases": {},
+        "cases": {
+            name: {"title": case.title, "images_per_s": images_per_s(case, WAYS[device], device)}
+            for name, case in cases.items()
+        },
     }
-    for name, case in cases.items():
-        images_per_s: dict[str, list[float]] = {way: [] for way in ways}
-        for number in range(case.blocks):
-            turn = number % len(ways)
-            for way in [*ways][turn:] + [*ways][:turn]:
-                images_per_s[way].append(block(case, ways[way], device))
-                print(f"{case.title}, {ways[way].title}: {images_per_s[way][-1]:,.0f} images/s", flush=True)
-        results["cases"][name] = {"title": case.title, "images_per_s": images_per_s}
-    return results
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """Median images a second of each way, and their share of what it is measured against."""
+    """Median images a second of each way, and their share of what it is measured against: medians over turns."""
     lines, ways = [], WAYS[results["kind"]]
     for case in results["cases"].values():
-        medians = {way: median(values) for way, values in case["images_per_s"].items()}
         for name, way in ways.items():
             values = case["images_per_s"][name]
-            share = bound = ""
+            share = ""
             if way.against is not None:
-                share, bound = f"{medians[name] / medians[way.against]:.3f}", f"of {ways[way.against].title}"
-            spread = f"{min(values):,.0f} to {max(values):,.0f}"
+                against = case["images_per_s"][way.against]
+                shares = [mine / other for mine, other in zip(values, against, strict=True)]
+                share = f"{median(shares):.3f} of {ways[way.against].title}"
+            low, _, high = quantiles(values, n=4)
             bar = "" if way.bar is None else f">= {way.bar:g}"
-            lines.append((case["title"], way.title, f"{medians[name]:,.0f}", spread, f"{share} {bound}".strip(), bar))
+            lines.append((case["title"], way.title, f"{median(values):,.0f}", f"{low:,.0f} to {high:,.0f}", share, bar))
     commit = results["git"]["commit"][:10] if results["git"] else "none"
     software = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     origin = f"{results['device']}; {software}; {results['date']}, commit {commit}"
     origin += f"; load average before {results['load_before']:.2f}."
-    header = ("network", "trained by", "images/s", "range", "share", "bar")
+    header = ("network", "trained by", "images/s", "middle half", "share", "bar")
     return f"{markdown_table(header, lines)}\n\n{origin}"
 
 

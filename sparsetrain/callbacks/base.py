@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 
 from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
-from sparsetrain.callbacks.follower import OptimizerFollower
 from sparsetrain.callbacks.trainer import (
     callbacks_of,
     gradient_scale,
@@ -23,6 +22,7 @@ from sparsetrain.callbacks.trainer import (
     run_length,
     set_callbacks,
 )
+from sparsetrain.callbacks.zeros import ZeroFollower
 from sparsetrain.masks import Masks, Pruning, Update
 from sparsetrain.report import plan_table
 from sparsetrain.selection import PlanRow
@@ -63,7 +63,7 @@ class SparsityCallback(L.Callback, ABC):
     _before: tuple[int, int]  # epochs and steps that the Trainer had made before this run, in former fits
     _final_step: int | None
     _updated_at: int
-    _follower: OptimizerFollower | None
+    _follower: ZeroFollower | None
     _held_back: HeldBackCheckpoints | None
     _logged: dict[str, float]
 
@@ -171,7 +171,7 @@ class SparsityCallback(L.Callback, ABC):
             self.initialize()
         else:
             self._restore(self._restored)
-        self._follower = OptimizerFollower(
+        self._follower = ZeroFollower(
             self.masks, trainer.optimizers, check=self.check, first_step=self.step, on_step=self._count_step
         )
         if len(trainer.optimizers) > 1 or not pl_module.automatic_optimization:

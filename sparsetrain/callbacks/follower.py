@@ -1,60 +1,47 @@
-"""Keeping pruned weights at zero through the steps of whatever optimizers hold them."""
+"""Following the steps of whatever optimizers hold some parameters, as these come and go."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.callbacks.probe import Probe, is_elementwise, probe_optimizer
 from sparsetrain.callbacks.trainer import was_skipped
 from sparsetrain.masks import Masks
 
-_READ_EVERY = 50  # verdicts of the check that are collected before an accelerator is asked for them
-
 
 class OptimizerFollower:
-    """Follows the steps of the optimizers that hold pruned weights, until `detach`.
+    """Follows the steps of the optimizers that hold parameters with a mask, until `detach`.
 
-    After each step, weights are masked where the optimizer moves zeros, and looked at as `check` says. Steps that a
-    gradient scaler skips do not count.
+    Those of one of them are counted. Steps that a gradient scaler skips are none.
 
     Args:
         masks: bound to the module that is trained.
         optimizers: of the Trainer, in its order.
-        check: "off", "cheap" (one tensor a step, in turn) or "full".
-        first_step: the number of the step to come.
+        what: the parameters are, for the error.
         on_step: called after each step of `counted`.
 
     Attributes:
-        counted: the first optimizer that holds a pruned weight, or the first of those that came in its place; its
-            steps are the run's.
+        masks: as given.
+        names: optimizer -> the parameters that it holds, of the optimizers that hold any.
+        counted: the first of these, or of those that came in its place; its steps are the run's.
 
     Raises:
-        ValueError: no optimizer holds a pruned weight.
+        ValueError: no optimizer holds such a parameter.
     """
 
     def __init__(
-        self,
-        masks: Masks,
-        optimizers: Sequence[Optimizer],
-        *,
-        check: str,
-        first_step: int,
-        on_step: Callable[[], None],
+        self, masks: Masks, optimizers: Sequence[Optimizer], *, what: str, on_step: Callable[[], None]
     ) -> None:
-        self._masks, self._check, self._steps, self._on_step = masks, check, first_step, on_step
+        self.masks, self._on_step = masks, on_step
+        self.names: dict[Optimizer, list[str]] = {}
         self._to_count = False  # hooks run twice in a step that calls that of the class above
         self._parameters: dict[Optimizer, list[int]] = {}
-        self._names: dict[Optimizer, list[str]] = {}
-        self._probes: dict[str, Probe] = {}
-        self._verdicts: list[tuple[int, str, Tensor]] = []
         self._handles: list[RemovableHandle] = []
-        self._follow(optimizers)
-        if not self._names:
-            raise ValueError("No optimizer holds any of the pruned weights. Return one from configure_optimizers.")
-        self.counted = next(iter(self._names))
+        self.follow(optimizers)
+        if not self.names:
+            raise ValueError(f"No optimizer holds any of the {what}. Return one from configure_optimizers.")
+        self.counted = next(iter(self.names))
 
     def before_step(self, optimizer: Optimizer, optimizers: Sequence[Optimizer]) -> bool:
         """Follow what has come into the optimizers since the last step.
@@ -70,47 +57,20 @@ class OptimizerFollower:
             optimizers = [*optimizers, optimizer]
         is_new = self.counted not in optimizers or self._parameters.get(optimizer) != _identities(optimizer)
         if is_new:
-            self._follow(optimizers)
-            if self.counted not in self._names:
-                self.counted = next(iter(self._names), self.counted)
+            self.follow(optimizers)
+            if self.counted not in self.names:
+                self.counted = next(iter(self.names), self.counted)
             self._to_count = optimizer is self.counted  # whose step has begun
         return is_new
 
     def held(self, optimizer: Optimizer) -> list[str]:
-        """The maskable parameters that `optimizer` holds."""
-        return self._names.get(optimizer, [])
+        """The parameters that `optimizer` holds."""
+        return self.names.get(optimizer, [])
 
-    def pruned(self, optimizer: Optimizer) -> list[str]:
-        """Those of them of which something is pruned."""
-        sparse = set(self._masks.sparse_names())
-        return [name for name in self.held(optimizer) if name in sparse]
-
-    @torch.no_grad()
-    def refresh_state(self) -> None:
-        """Give optimizer state at pruned places what a fresh optimizer has there, so that nothing moves them later."""
-        for optimizer in self._names:
-            for name in self.pruned(optimizer):
-                parameter = self._masks.parameter(name)
-                pruned = ~self._masks.on(name, parameter)
-                for key, value in optimizer.state.get(parameter, {}).items():
-                    if is_elementwise(value, parameter):
-                        value.masked_fill_(pruned, self._probes[name].fresh.get(key, 0.0))
-
-    def read_verdicts(self) -> None:
-        """Raise if the check has found a revived weight.
-
-        Raises:
-            RuntimeError: it has; with the tensor, the step and likely causes.
-        """
-        verdicts, self._verdicts = self._verdicts, []
-        for step, name, revived in verdicts:
-            if bool(revived):
-                raise RuntimeError(
-                    f"A pruned weight of {name!r} was not zero after step {step}. Something wrote to it after its "
-                    "gradient was masked: another callback, a hook of the optimizer, or a gradient that is not finite; "
-                    "or its optimizer stepped behind Lightning's back (use_pl_optimizer=False). Let that skip pruned "
-                    "weights, or list its callback before this one."
-                )
+    @property
+    def followed(self) -> set[str]:
+        """The parameters that any optimizer holds."""
+        return {name for names in self.names.values() for name in names}
 
     def detach(self) -> None:
         """Leave the optimizers as they were."""
@@ -118,42 +78,39 @@ class OptimizerFollower:
             handle.remove()
         self._handles.clear()
 
-    def _follow(self, optimizers: Sequence[Optimizer]) -> None:
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        """Follow these optimizers, and no others."""
         self.detach()
-        self._parameters = {optimizer: _identities(optimizer) for optimizer in optimizers}
-        self._names, self._probes = {}, {}
+        self._parameters, self.names = {}, {}
         for optimizer in optimizers:
-            groups = {id(p): index for index, group in enumerate(optimizer.param_groups) for p in group["params"]}
-            probes: dict[tuple[int, int], Probe] = {}
-            for name in self._masks:
-                parameter = self._masks.parameter(name)
-                if id(parameter) in groups:
-                    kind = (groups[id(parameter)], parameter.dim())
-                    if kind not in probes:
-                        probes[kind] = probe_optimizer(optimizer, parameter)
-                    self._probes[name] = probes[kind]
-                    self._names.setdefault(optimizer, []).append(name)
-            if optimizer in self._names:
-                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._parameters[optimizer] = _identities(optimizer)
+            held = set(self._parameters[optimizer])
+            if names := [name for name in self.masks if id(self.masks.parameter(name)) in held]:
+                self.names[optimizer] = names
+                self._handles.append(optimizer.register_step_pre_hook(self.begins))
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
-    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+    def begins(
+        self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Called before each step; may give it other arguments."""
         self._to_count = self._to_count or optimizer is self.counted
+        return None
+
+    def moved(self, optimizer: Optimizer) -> None:
+        """Called after each step of an optimizer, before it is counted."""
+
+    def count(self) -> None:
+        """Called after each step of `counted`."""
+        self._on_step()
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         if was_skipped(optimizer):
             return
-        names = self.pruned(optimizer)
-        self._masks.multiply_([name for name in names if not self._probes[name].preserves_zero])
-        if names and self._check != "off":
-            for name in names if self._check == "full" else [names[self._steps % len(names)]]:
-                self._verdicts.append((self._steps, name, self._masks.revived(name)))
-            if self._masks.parameter(names[0]).device.type == "cpu" or len(self._verdicts) >= _READ_EVERY:
-                self.read_verdicts()
+        self.moved(optimizer)
         if optimizer is self.counted and self._to_count:
             self._to_count = False
-            self._steps += 1
-            self._on_step()
+            self.count()
 
 
 def _identities(optimizer: Optimizer) -> list[int]:

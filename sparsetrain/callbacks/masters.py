@@ -1,14 +1,62 @@
-"""The dense masters behind N:M weights: which modules hold one, and what a state dict leaves out of it."""
+"""The dense masters behind N:M weights: what moves them, which modules hold one, what a state dict leaves out of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sparsetrain import ops
+from sparsetrain.callbacks.follower import OptimizerFollower
 from sparsetrain.callbacks.trainer import callbacks_of
 from sparsetrain.mask_files import pack, unpack
+from sparsetrain.masks import Masks
+
+
+class MasterFollower(OptimizerFollower):
+    """Tells when optimizers have moved masters.
+
+    Args:
+        masks: of the N:M weights.
+        optimizers: of the Trainer.
+        on_move: called after each step, and between the calls of the closure within one, as LBFGS makes them.
+        on_step: called after each step of `counted`.
+
+    Raises:
+        ValueError: no optimizer holds a master.
+    """
+
+    def __init__(
+        self,
+        masks: Masks,
+        optimizers: Sequence[Optimizer],
+        *,
+        on_move: Callable[[], None],
+        on_step: Callable[[], None],
+    ) -> None:
+        self._on_move = on_move
+        super().__init__(masks, optimizers, what="N:M weights", on_step=on_step)
+
+    def begins(
+        self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        super().begins(optimizer, arguments, settings)
+        closure, calls = settings.get("closure"), count()
+        if closure is None:
+            return None
+
+        def renewed() -> Any:
+            if next(calls):
+                self._on_move()
+            return closure()
+
+        return arguments, settings | {"closure": renewed}
+
+    def moved(self, optimizer: Optimizer) -> None:
+        self._on_move()
 
 
 def copies_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, nn.Module]:
@@ -39,3 +87,23 @@ def add_pruned_(module: nn.Module, pruned: Mapping[str, Mapping[str, Tensor]]) -
         weight = layers[name].weight
         mask = unpack(kept["mask"], weight.shape).to(weight.device)
         weight[~mask] = kept["values"].to(weight.device)
+
+
+def pruned_masters(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+    """`pruned_of` the module and of its copies, by where they lie."""
+    return {key: pruned_of(module) for key, module in copies_of(trainer, pl_module).items()}
+
+
+def restore_masters_(saved: Mapping[str, Any], copies: Mapping[str, nn.Module]) -> None:
+    """Put back what `pruned_masters` has kept.
+
+    Raises:
+        ValueError: it has kept some of a copy that is not there.
+    """
+    if lost := sorted(saved.keys() - copies.keys()):
+        raise ValueError(
+            f"The checkpoint holds a copy of the weights that no callback has now: {lost[0]}. "
+            "Resume a run with the callbacks it was trained with."
+        )
+    for key, pruned in saved.items():
+        add_pruned_(copies[key], pruned)

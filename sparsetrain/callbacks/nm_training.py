@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import count, takewhile
+from itertools import takewhile
 from typing import Any, Literal
 
 import lightning as L
@@ -12,15 +12,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from sparsetrain import ops
 from sparsetrain.callbacks.backends import BackendChoice
 from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
 from sparsetrain.callbacks.decay import ClipThenDecay, check_decay
-from sparsetrain.callbacks.masters import add_pruned_, copies_of, pruned_of
-from sparsetrain.callbacks.trainer import callbacks_of, is_compiled, is_fast_dev_run, set_callbacks, was_skipped
+from sparsetrain.callbacks.masters import MasterFollower, add_pruned_, copies_of, pruned_masters, restore_masters_
+from sparsetrain.callbacks.trainer import callbacks_of, is_compiled, is_fast_dev_run, set_callbacks
 from sparsetrain.masks import Masks, Pruning
 from sparsetrain.ops import NMRule
 from sparsetrain.ops.layers import EffectiveLayer, make_effective
@@ -67,20 +66,16 @@ class NMTraining(SparsityCallback):
 
     _rows: tuple[PlanRow, ...]
     _layers: dict[str, EffectiveLayer]
-    _trained: list[EffectiveLayer]
     _holders: list[tuple[str, EffectiveLayer]]
     _shadow: Mapping[str, Any]
     _loaded: Mapping[str, Any]
-    _handles: list[RemovableHandle]
-    _counted: Optimizer | None
-    _to_count: bool  # hooks run twice in a step that calls that of the class above
+    _optimizers: MasterFollower | None
     _replaced: list[tuple[L.LightningModule, str, Any]]
     _every: int
     _until: int | None
     _dtype: torch.dtype | None
     _dense: tuple[nn.Module, ...]
     _choice: BackendChoice | None
-    _followed: list[tuple[int, int]]  # what `_holdings` was when `_trained` was filled
     _first_step: int | None  # before the first step of this fit; None after it
 
     def __init__(
@@ -202,14 +197,16 @@ class NMTraining(SparsityCallback):
     def take_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._bind(pl_module)
         self._check_owner(trainer)
-        self._follow(trainer, pl_module)
+        on_step = partial(self._after_counted_step, trainer, pl_module)
+        self._optimizers = MasterFollower(self.masks, trainer.optimizers, on_move=self.apply, on_step=on_step)
+        self._check_decay(trainer, pl_module)
         if self.decay:
             clip = ClipThenDecay(pl_module.configure_gradient_clipping, self._add_decay)
             self._replace(pl_module, "configure_gradient_clipping", clip)
         copies = copies_of(trainer, pl_module)
         if self._restored is not None:
             self._restore(self._restored)
-        self._restore_masters(self._loaded, copies)
+        restore_masters_(self._loaded, copies)
         self._loaded, self._first_step = {}, self.step
         if self._until is not None and self.step >= self._until:
             self._make_dense(trainer, pl_module)
@@ -238,8 +235,9 @@ class NMTraining(SparsityCallback):
         Layers that no optimizer holds, such as those of a momentum encoder, may be written at any moment without a
         notice: their products make them each time.
         """
-        for layer in self._trained:
-            if layer.stale:
+        trained = set() if self._optimizers is None else self._optimizers.followed
+        for name, layer in self._layers.items():
+            if name in trained and layer.stale:
                 layer.refresh_(self._dtype)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:
@@ -253,9 +251,9 @@ class NMTraining(SparsityCallback):
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         # Gradients are left alone: they are dense.
-        if self._layers and self._followed != _holdings(trainer):
-            self._follow(trainer, pl_module)
-            self._to_count = optimizer is self._counted
+        assert self._optimizers is not None
+        if self._optimizers.before_step(optimizer, trainer.optimizers):
+            self._check_decay(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -268,7 +266,7 @@ class NMTraining(SparsityCallback):
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if state is not None:
-            masters = self._masters(trainer, pl_module)
+            masters = pruned_masters(trainer, pl_module)
             state["shadow"] = masters if masters[""] else self._shadow
 
     def state_dict(self) -> dict[str, Any]:
@@ -283,10 +281,10 @@ class NMTraining(SparsityCallback):
             rank_zero_warn(
                 f"The run ended at step {self.step}, before its dense tail (step {self._until}): its weights are N:M."
             )
-        self._shadow = self._masters(trainer, pl_module)  # for those that save after this
+        self._shadow = pruned_masters(trainer, pl_module)  # for those that save after this
         if folded := ops.fold(pl_module):
             self.masks.replace(folded, "The final masks")
-        self._layers, self._trained = {}, []
+        self._layers = {}
         self._detach()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -311,14 +309,13 @@ class NMTraining(SparsityCallback):
 
     def undo(self, pl_module: L.LightningModule) -> None:
         """Make the layers the plain ones that they were; the master stays."""
-        self._layers, self._trained = {}, []
+        self._layers = {}
         ops.unconvert(pl_module)
 
     def _begin(self) -> None:
         super()._begin()
-        self._rows, self._layers, self._trained, self._holders, self._dense = (), {}, [], [], ()
-        self._handles, self._followed, self._counted, self._to_count = [], [], None, False
-        self._replaced, self._choice = [], None
+        self._rows, self._layers, self._holders, self._dense = (), {}, [], ()
+        self._optimizers, self._replaced, self._choice = None, [], None
         self._every, self._until, self._dtype, self._first_step = 1, None, None, None
         self._shadow, self._loaded = {}, {}
 
@@ -338,84 +335,28 @@ class NMTraining(SparsityCallback):
         for name, layer in self._holders:
             layer.hold_(self.masks[name])
 
-    def _masters(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
-        return {key: pruned_of(module) for key, module in copies_of(trainer, pl_module).items()}
-
-    def _restore_masters(self, shadow: Mapping[str, Any], copies: Mapping[str, nn.Module]) -> None:
-        if lost := sorted(shadow.keys() - copies.keys()):
-            raise ValueError(
-                f"The checkpoint holds a copy of the weights that no callback has now: {lost[0]}. "
-                "Resume a run with the callbacks it was trained with."
-            )
-        for key, pruned in shadow.items():
-            add_pruned_(copies[key], pruned)
-
     def _make_dense(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin the dense tail: make plain layers of the module's, and of those of its averages."""
         if self._choice is not None:
             self._choice.detach()
         modules = copies_of(trainer, pl_module).values()
         self._dense = tuple(layer for module in modules for layer in ops.unconvert(module))
-        self._layers, self._trained, self._holders = {}, [], []
+        self._layers, self._holders = {}, []
         whole = {name: torch.ones_like(mask) for name, mask in self.masks.items()}
         self.masks.replace(whole, "The masks of the dense tail")
 
     def _convert(self, pl_module: L.LightningModule) -> None:
         self._rows = ops.convert(pl_module, self.rule, where=self.where)
 
-    def _follow(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count steps, and take note that weights have moved."""
-        self._unfollow()
-        self._followed = _holdings(trainer)
-        for optimizer in trainer.optimizers:
-            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-            if trained := [layer for layer in self._layers.values() if id(layer.weight) in held]:
-                self._trained += trained
-                self._counted = self._counted or optimizer
-                self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-                self._handles.append(optimizer.register_step_post_hook(partial(self._after_step, trainer, pl_module)))
-                if self.decay:
-                    check_decay(self.decay, trainer, pl_module, optimizer)
-        if self._counted is None:
-            raise ValueError("No optimizer holds any of the N:M weights. Return one from configure_optimizers.")
-
-    def _unfollow(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._trained, self._counted = [], [], None
-
-    def _before_step(
-        self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Let an optimizer that calls its closure again within a step, as LBFGS does, see the weights it has moved."""
-        self._to_count = self._to_count or optimizer is self._counted
-        closure, calls = settings.get("closure"), count()
-        if closure is None:
-            return None
-
-        def renewed() -> Any:
-            if next(calls):
-                self.apply()
-            return closure()
-
-        return arguments, settings | {"closure": renewed}
-
-    def _after_step(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer, *arguments: object
-    ) -> None:
-        if was_skipped(optimizer):
-            return
-        if optimizer is self._counted and self._to_count:
-            self._to_count = False
-            self._count_step()
-            if self.step == self._until:
-                self._begin_tail(trainer, pl_module)
-            elif self._every > 1 and self.step % self._every == 0:
-                for _, layer in self._holders:
-                    layer.hold_(None)
-                self.read_masks()
-                self._hold()
-        self.apply()
+    def _after_counted_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._count_step()
+        if self.step == self._until:
+            self._begin_tail(trainer, pl_module)
+        elif self._every > 1 and self.step % self._every == 0:
+            for _, layer in self._holders:
+                layer.hold_(None)
+            self.read_masks()
+            self._hold()
 
     def _look_back(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Do what waited for a batch with an optimizer step."""
@@ -442,10 +383,16 @@ class NMTraining(SparsityCallback):
 
     def _add_decay(self, optimizer: Optimizer) -> None:
         """Add decay * (1 - mask) * weight to the gradients that `optimizer` will use."""
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for layer in self._layers.values():
-            if id(layer.weight) in held and layer.weight.grad is not None:
+        assert self._optimizers is not None
+        held = self._optimizers.held(optimizer)
+        for name, layer in self._layers.items():
+            if name in held and layer.weight.grad is not None:
                 layer.add_decay_(self.decay)
+
+    def _check_decay(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._optimizers is not None
+        for optimizer in self._optimizers.names if self.decay else ():
+            check_decay(self.decay, trainer, pl_module, optimizer)
 
     def _replace(self, pl_module: L.LightningModule, name: str, value: Callable[..., Any]) -> None:
         """Set an attribute of the module until `_detach`."""
@@ -456,16 +403,13 @@ class NMTraining(SparsityCallback):
         super()._detach()
         if self._choice is not None:
             self._choice.detach()
-        self._unfollow()
+        if self._optimizers is not None:
+            self._optimizers.detach()
+            self._optimizers = None
         self._holders = []
         for module, name, before in reversed(self._replaced):
             delattr(module, name) if before is None else setattr(module, name, before)
         self._replaced = []
-
-
-def _holdings(trainer: L.Trainer) -> list[tuple[int, int]]:
-    """Each optimizer, and how many parameters it holds: they may be replaced, and get more."""
-    return [(id(o), sum(len(group["params"]) for group in o.param_groups)) for o in trainer.optimizers]
 
 
 class _UndoAtLast(L.Callback):

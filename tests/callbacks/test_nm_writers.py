@@ -183,6 +183,19 @@ def test_steps_of_nested_and_of_later_optimizers_count_once():
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
 
 
+class ReplacesInTail(Replaces):
+    """The same; it may compute with the master."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return Net.training_step(self, batch, batch_idx)
+
+
+def test_steps_of_a_later_optimizer_count_in_a_dense_tail():
+    callback = BDWP(sparse_until="2it")
+    train(ReplacesInTail(), data(7), callback)
+    assert callback.step == 7
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_step_that_is_skipped_does_not_count(fused):
     assert scaled(BDWP(decay=0.0), 1, fused=fused).callback.step == STEPS - 1

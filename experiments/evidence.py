@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import mean, median, stdev, variance
 from typing import Any, Literal
 
+import forest
+
 from sparsetrain.cli.grid import Grid, by_arm, difference, in_points, origin
 from sparsetrain.report import Interval, markdown_table, t_interval, write_between
 
@@ -283,8 +285,20 @@ class Study:
         return [line for claim in self.claims if (line := claim.check(found)) is not None]
 
     def report(self, results: Mapping[str, Any]) -> None:
-        """Write the table between its markers."""
+        """Write the table between its markers, and the picture."""
         write_between(self.folder / "README.md", self.key, self.table(results))
+        self.draw(results, self.folder / f"{self.key}.png")
+
+    def draw(self, results: Mapping[str, Any], path: Path) -> None:
+        """Draw what it is about: the difference of each arm from the control, if two seeds have both."""
+        found, differences = self.networks(results), {}
+        of_control = {run["seed"]: run["test_accuracy"] for run in found[self.control]}
+        for arm, runs in found.items():
+            shared = [run for run in runs if run["seed"] in of_control]
+            if arm != self.control and len(shared) > 1:
+                differences[arm] = [100 * (run["test_accuracy"] - of_control[run["seed"]]) for run in shared]
+        if differences:
+            forest.draw(path, differences, control=self.control)
 
 
 def of_rounds(summary: Mapping[str, Any]) -> list[dict[str, float]]:

@@ -2,7 +2,7 @@
 
     python experiments/run.py                                    # which studies there are, and how far they are
     python experiments/run.py nm_accuracy/digits                 # to its end
-    python experiments/run.py nm_accuracy/digits --minutes 60    # for an hour: runs save checkpoints and go on later
+    python experiments/run.py nm_accuracy/digits --budget 60    # for an hour: runs save checkpoints and go on later
     python experiments/run.py --report                           # all tables and pictures, from */results/*.json
 
 Run it in the folder of the project: runs lie below runs/<study>, results below experiments/. Runs are processes with
@@ -78,7 +78,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", nargs="?", choices=sorted(STUDIES), help="whose runs are made", metavar="STUDY")
     parser.add_argument("--report", action="store_true", help="only the tables and pictures")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="how long runs are made; no limit by default")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=math.inf,
+        help="minutes for which runs are made; no limit by default",
+        metavar="MINUTES",
+    )
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="of all runs")
     arguments = parser.parse_args()
@@ -88,7 +94,7 @@ def main() -> None:
     if arguments.study is not None:
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the runs are told to end
         study = STUDIES[arguments.study]
-        study.grid.measure(study.jobs, arguments.workers, minutes=arguments.minutes, device=arguments.device)
+        study.grid.measure(study.jobs, arguments.workers, minutes=arguments.budget, device=arguments.device)
     report()
 
 

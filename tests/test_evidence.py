@@ -183,6 +183,24 @@ def test_an_arm_is_best_for_its_cost_if_none_as_dense_is_better_and_cheaper(evid
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_study_draws_the_differences_of_seeds_that_both_arms_have(evidence, monkeypatch, tmp_path):
+    accuracies = {"dense": {1: 0.5, 2: 0.6, 3: 0.7}, "a": {2: 0.5, 3: 0.72, 4: 0.9}, "b": {3: 0.7, 4: 0.7}}
+    runs = [
+        {"arm": arm, "seed": seed, "test_accuracy": accuracy}
+        for arm, every in accuracies.items()
+        for seed, accuracy in every.items()
+    ]
+    arms = {"dense": (), "a": (), "b": ()}
+    study = evidence.Study("a/b", title="", question="", recipe=(), arms=arms, control="dense", claims=())
+    drawn = []
+    with monkeypatch.context() as patch:
+        patch.setattr(evidence.forest, "draw", lambda path, differences, control: drawn.append((differences, control)))
+        study.draw({"runs": runs}, tmp_path / "x.png")
+    assert drawn == [({"a": pytest.approx([-10.0, 2.0])}, "dense")]  # of b one seed only
+    study.draw({"runs": runs}, tmp_path / "x.png")
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_soup_counts_the_network_that_it_began_with(evidence):
     soup = importlib.import_module("soup.accuracy").STUDIES[0]
     found = {"dense": [{"seed": 2, "arm": "dense", "training_flops": 30}]}

@@ -162,3 +162,10 @@ def test_each_study_has_a_place_in_its_readme(run) -> None:
 def test_ci_runs_the_command_of_the_readme() -> None:
     assert "make test" in README
     assert (ROOT / ".ci" / "run").read_text().rstrip().endswith("make test")
+
+
+def test_each_study_with_results_shows_a_picture(run) -> None:
+    for study in run.STUDIES.values():
+        if any(arm != study.control for arm in study.networks(study.results)):
+            assert f"]({study.key}.png)" in (study.folder / "README.md").read_text(), study.name
+            assert (study.folder / f"{study.key}.png").is_file(), study.name

@@ -5,6 +5,7 @@ python experiments/run.py gradual/full --device gpu
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from evidence import SMALL_TITLE, Above, Study, cubic, full, small
@@ -28,8 +29,7 @@ def at_once(share: str) -> str:
 class GradualStudy(Study):
     """Its picture shows gradual pruning and pruning at once over their sparsities."""
 
-    def report(self, results: Mapping[str, Any]) -> None:
-        super().report(results)
+    def draw(self, results: Mapping[str, Any], path: Path) -> None:
         accuracies = {arm: [run["test_accuracy"] for run in runs] for arm, runs in self.networks(results).items()}
 
         def curve(name: Callable[[str], str]) -> list[tuple[float, list[float]]]:
@@ -38,7 +38,7 @@ class GradualStudy(Study):
         curves = {"gradual": curve(gradual), "at once": curve(at_once)}
         drawn = {name: points for name, points in curves.items() if points}
         if drawn:
-            draw_accuracy(self.folder / f"{self.key}.png", drawn, dense=accuracies[DENSE])
+            draw_accuracy(path, drawn, dense=accuracies[DENSE])
 
 
 def _sparsity(share: str) -> float:

@@ -45,8 +45,7 @@ class GatesStudy(Study):
         tables = (markdown_table(header, lines), self.claims_table(results), gates_words(found), origin(results))
         return "\n\n".join(tables)
 
-    def report(self, results: Mapping[str, Any]) -> None:
-        super().report(results)
+    def draw(self, results: Mapping[str, Any], path: Path) -> None:
         found = super().networks(results)
         dense = found[DENSE][0]["flops"]
         curves: dict[str, list[tuple[float, list[float]]]] = {}
@@ -59,7 +58,7 @@ class GatesStudy(Study):
             curves[NARROW] = curves.pop(WIDTH)
         if curves:
             draw_accuracy(
-                self.folder / f"{self.key}.png",
+                path,
                 curves,
                 dense=[run["test_accuracy"] for run in found[DENSE]],
                 xlabels=("FLOPs left", "FLOPs removed"),

@@ -52,8 +52,7 @@ class RewindingStudy(Study):
         header = ("weights left", *ROUNDS, "seeds")
         return "\n\n".join((markdown_table(header, lines), self.claims_table(results), origin(results)))
 
-    def report(self, results: Mapping[str, Any]) -> None:
-        super().report(results)
+    def draw(self, results: Mapping[str, Any], path: Path) -> None:
         found = self.networks(results)
         curves: dict[str, list[tuple[float, list[float]]]] = {}
         for name, runs in found.items():
@@ -65,7 +64,7 @@ class RewindingStudy(Study):
             crosses: dict[str, list[tuple[float, float]]] = {}
             for one in (one for one in self.medians if one["retraining"] in curves):
                 crosses.setdefault(one["retraining"], []).append((1 - one["density"], one["median"] / 100))
-            draw_accuracy(self.folder / f"{self.key}.png", curves, dense=dense, published=crosses)
+            draw_accuracy(path, curves, dense=dense, published=crosses)
 
 
 def _accuracy(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -38,7 +38,21 @@ class SoupStudy(Study):
     def report(self, results: Mapping[str, Any]) -> None:
         super().report(results)
         write_between(self.folder / "README.md", f"{self.key}-rounds", rounds_table(results))
-        draw(results, self.folder / f"{self.key}.png")
+
+    def draw(self, results: Mapping[str, Any], path: Path) -> None:
+        """The soups of one run, the first seed's."""
+        run, dense = (min(by_arm(results, [arm])[arm], key=lambda one: one["seed"]) for arm in (SOUP, DENSE))
+        rounds = [
+            SoupRound(
+                number,
+                of_round["sparsity"],
+                {"test/accuracy": of_round["test_accuracy"]},
+                [{"test/accuracy": one["test_accuracy"]} for one in soup["ingredients"]],
+                soup["distance"],
+            )
+            for number, (of_round, soup) in enumerate(zip(run["rounds"], run["soups"], strict=True), 1)
+        ]
+        draw_soups(path, rounds, dense=dense["test_accuracy"])
 
 
 def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -81,22 +95,6 @@ def ingredients_of(run: Mapping[str, Any], take: Callable[[list[tuple[float, flo
     """A record like a run's of the last round's ingredients, of whose (test, val) accuracies `take` makes one."""
     each = [(one["test_accuracy"], one["val_accuracy"]) for one in run["soups"][-1]["ingredients"]]
     return {"seed": run["seed"], "sparsity": run["sparsity"], "test_accuracy": take(each)}
-
-
-def draw(results: Mapping[str, Any], path: Path) -> None:
-    """The soups of one run, the first seed's."""
-    run, dense = (min(by_arm(results, [arm])[arm], key=lambda one: one["seed"]) for arm in (SOUP, DENSE))
-    rounds = [
-        SoupRound(
-            number,
-            of_round["sparsity"],
-            {"test/accuracy": of_round["test_accuracy"]},
-            [{"test/accuracy": one["test_accuracy"]} for one in soup["ingredients"]],
-            soup["distance"],
-        )
-        for number, (of_round, soup) in enumerate(zip(run["rounds"], run["soups"], strict=True), 1)
-    ]
-    draw_soups(path, rounds, dense=dense["test_accuracy"])
 
 
 def arms(dense: tuple[str, ...], length: int) -> dict[str, tuple[str, ...]]:

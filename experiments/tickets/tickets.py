@@ -43,8 +43,7 @@ class TicketStudy(Study):
         )
         return "\n\n".join((markdown_table(header, lines), self.claims_table(results), origin(results)))
 
-    def report(self, results: Mapping[str, Any]) -> None:
-        super().report(results)
+    def draw(self, results: Mapping[str, Any], path: Path) -> None:
         found = self.networks(results)
         if TICKET not in found:
             return
@@ -58,7 +57,7 @@ class TicketStudy(Study):
             if arm in (RANDOM, REINIT)
         }
         dense = [run["test_accuracy"] for run in found[DENSE]]
-        draw_accuracy(self.folder / f"{self.key}.png", {"tickets": [*rounds.items()]}, dense=dense, controls=controls)
+        draw_accuracy(path, {"tickets": [*rounds.items()]}, dense=dense, controls=controls)
 
 
 def first(arm: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,11 +32,14 @@ def load_masks(path: str | Path) -> dict[str, Tensor]:
     """Read what `save_masks` wrote.
 
     Raises:
-        ValueError: a file without masks.
+        ValueError: a file without masks, or no whole safetensors file.
     """
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "shapes" not in metadata:
-            raise ValueError(f"{path} holds no masks. Write them with save_masks.")
-        shapes = json.loads(metadata["shapes"])
-        return {name: unpack(file.get_tensor(name), torch.Size(shape)) for name, shape in shapes.items()}
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "shapes" not in metadata:
+                raise ValueError(f"{path} holds no masks. Write them with save_masks.")
+            shapes = json.loads(metadata["shapes"])
+            return {name: unpack(file.get_tensor(name), torch.Size(shape)) for name, shape in shapes.items()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}). Write it with save_masks.") from None

@@ -45,6 +45,16 @@ def test_another_file_holds_no_masks(tmp_path):
         load_masks(tmp_path / "weights.safetensors")
 
 
+def test_a_file_that_is_cut_off_is_refused(tmp_path):
+    path = tmp_path / "masks.safetensors"
+    save_masks({"a": torch.ones(100, dtype=torch.bool)}, path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(
+        ValueError, match=r"masks.safetensors is no whole safetensors file \(.*\). Write it with save_masks"
+    ):
+        load_masks(path)
+
+
 def test_a_state_dict_loads_safely_and_is_packed(tmp_path):
     module = net()
     set_grads(module)

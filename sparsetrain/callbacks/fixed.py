@@ -13,6 +13,8 @@ from sparsetrain.mask_files import load_masks
 from sparsetrain.masks import Masks, Pruning, masks_in
 from sparsetrain.selection import Selection
 
+_REMEDY = "Give a masks.safetensors file or a checkpoint of a sparse run."
+
 
 class FixedMasks(SparsityCallback):
     """Train on with given masks: pruned weights are zeroed at the start and stay zero; no mask ever changes.
@@ -74,15 +76,18 @@ def masks_of(module: nn.Module) -> dict[str, Tensor]:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist. Give a masks.safetensors file or a checkpoint of a sparse run."
-        )
+        raise FileNotFoundError(f"{path} does not exist. {_REMEDY}")
     if path.suffix == ".safetensors":
         return load_masks(path)
     try:
-        states = torch.load(path, map_location="cpu", weights_only=True).get("callbacks", {})
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError:
         raise ValueError(_why_unsafe(path)) from None
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read: {error}. {_REMEDY}") from None
+    if not isinstance(checkpoint, Mapping):
+        raise ValueError(f"{path} is no checkpoint. {_REMEDY}")
+    states = checkpoint.get("callbacks", {})
     found = [s for s in states.values() if isinstance(s, dict) and "masks" in s and "shapes" in s]
     if len(found) != 1:
         raise ValueError(f"{path} holds the masks of {len(found)} sparsity callbacks; it must be exactly one.")
@@ -93,7 +98,7 @@ def _why_unsafe(path: Path) -> str:
     try:
         classes = ", ".join(sorted(get_unsafe_globals_in_checkpoint(path)))
     except ValueError:
-        return f"{path} is no checkpoint. Give a masks.safetensors file or a checkpoint of a sparse run."
+        return f"{path} is no checkpoint. {_REMEDY}"
     return (
         f"{path} does not load safely: beside tensors and plain types it holds {classes}, perhaps as hyperparameters. "
         "Give a file that save_masks(callback.masks, path) wrote; or, if you trust this one, call "

@@ -73,6 +73,12 @@ def test_a_file_that_is_missing_or_holds_no_masks_is_refused(tmp_path):
     fit().trainer.save_checkpoint(tmp_path / "dense.ckpt")
     with pytest.raises(ValueError, match="holds the masks of 0 sparsity callbacks; it must be exactly one"):
         FixedMasks(tmp_path / "dense.ckpt")
+    whole = (tmp_path / "dense.ckpt").read_bytes()
+    (tmp_path / "half.ckpt").write_bytes(whole[: len(whole) // 2])
+    torch.save(torch.zeros(1), tmp_path / "tensor.ckpt")
+    for name, reason in (("half", r"cannot be read: .*"), ("tensor", r"is no checkpoint")):
+        with pytest.raises(ValueError, match=rf"{name}\.ckpt {reason}\. Give a masks\.safetensors file or"):
+            FixedMasks(tmp_path / f"{name}.ckpt")
     (tmp_path / "text.ckpt").write_text("no checkpoint")
     with pytest.raises(ValueError, match=r"text\.ckpt is no checkpoint\. Give a masks\.safetensors file or"):
         FixedMasks(tmp_path / "text.ckpt")

@@ -121,7 +121,8 @@ class LAMP(Allocation):
     """One ranking of scores that are relative to their layer: w^2 / sum of v^2 over the v of the layer with |v| >= |w|.
 
     The largest weight of each layer has score 1, so no layer vanishes. Needs a sort per tensor.
-    Source: Lee et al. 2021, arXiv:2010.07931, eq. 3; w is the criterion's score, |w| for `Magnitude`.
+    Source: Lee et al. 2021, arXiv:2010.07931, eq. 3; w is the criterion's score, |w| for `Magnitude`. Dividing raises
+    a ValueError if a score is below 0, as those of `Movement` may be.
     """
 
     def _divide(self, candidates: Candidates, kept: int, low: list[int]) -> Budget:

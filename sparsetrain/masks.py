@@ -92,8 +92,8 @@ class Masks(Mapping[str, Tensor]):
         Weights are left alone; call `apply_` to zero them.
 
         Raises:
-            ValueError: a glob that matches nothing, nothing to prune, a parameter of complex numbers or integers, or
-                loaded masks that belong to another model.
+            ValueError: a glob that matches nothing, nothing to prune, a parameter of complex numbers or integers, a
+                shape that the pattern does not fit, or loaded masks that belong to another model.
         """
         self.plan = tuple(
             replace(row, pruned=True, reason="pruned") if row.name in self._also else row
@@ -151,7 +151,8 @@ class Masks(Mapping[str, Tensor]):
             trial: whether pruning is only tried, as by `fast_dev_run`, which is too short for statistics of any step.
 
         Raises:
-            ValueError: no sparsity; below the present one without `regrow`; floors that exceed what is kept.
+            ValueError: no sparsity; below the present one without `regrow`; floors that exceed what is kept; scores
+                that the allocation cannot compare.
             RuntimeError: not bound; a score that is not finite; a gradient, or a step with one, that the criterion
                 needs and is missing.
         """

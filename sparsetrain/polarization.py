@@ -13,6 +13,8 @@ from torch import Tensor
 
 from sparsetrain.gates import binarize
 
+_CLOSED, _OPEN = 0.05, 0.95  # a gate is undecided if its mean lies between
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -163,18 +165,16 @@ class Consensus:
         """By name: the share of samples for which each gate is open, float64 of shape (count,)."""
         return {name: sums[0] / self._samples[name] for name, sums in self._sums.items()}
 
-    def undecided(self, low: float = 0.05, high: float = 0.95) -> float:
-        """The share of gates, in [0, 1], whose mean lies strictly between `low` and `high`.
+    def undecided(self) -> float:
+        """The share of gates, in [0, 1], that are open for more than 5 % and fewer than 95 % of the samples.
 
         Raises:
             ValueError: nothing was observed.
         """
         means = torch.cat(list(self._observed().values()))
-        return float(((means > low) & (means < high)).double().mean())
+        return float(((means > _CLOSED) & (means < _OPEN)).double().mean())
 
-    def fill_to_budget(
-        self, operations: Sequence[Operation], budget: float, *, low: float = 0.05, high: float = 0.95
-    ) -> Decision:
+    def fill_to_budget(self, operations: Sequence[Operation], budget: float) -> Decision:
         """Close gates until the cost is at most the budget, as near to it as it goes.
 
         Those with the least consensus are closed first. The last one may cost more than was left to remove; so those
@@ -185,8 +185,6 @@ class Consensus:
         Args:
             operations: all of the network's, those without gates too.
             budget: share of the dense cost, in (0, 1].
-            low: a gate is decided closed if its mean is at most this,
-            high: and decided open if it is at least this.
 
         Raises:
             ValueError: a budget outside its range or below what is left with all these gates closed; nothing was
@@ -222,7 +220,8 @@ class Consensus:
                     kept[name][index] = False
                     full.add(name)
         overruled = sum(
-            int(((kept[name] & (mean <= low)) | (~kept[name] & (mean >= high))).sum()) for name, mean in means.items()
+            int(((kept[name] & (mean <= _CLOSED)) | (~kept[name] & (mean >= _OPEN))).sum())
+            for name, mean in means.items()
         )
         return Decision(kept, cost(kept), overruled)
 

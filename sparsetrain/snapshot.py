@@ -63,7 +63,7 @@ class Snapshot:
     @classmethod
     def unpacked(cls, packed: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Self:
         """What `packed` returned under the same masks, with zeros at the pruned places."""
-        return cls({name: _spread(t, masks[name].cpu()) if name in masks else t for name, t in packed.items()})
+        return cls({name: spread(t, masks[name].cpu()) if name in masks else t for name, t in packed.items()})
 
     def cast_like(self, module: nn.Module) -> Self:
         """The same with each tensor in the type that it has in `module`, which may train in another precision."""
@@ -134,7 +134,8 @@ def _kind(tensor: Tensor) -> tuple[tuple[int, ...], str]:
     return tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
 
 
-def _spread(kept: Tensor, mask: Tensor) -> Tensor:
+def spread(kept: Tensor, mask: Tensor) -> Tensor:
+    """The tensor of which `kept` lay where `mask` is True, 0 elsewhere."""
     whole = torch.zeros(mask.shape, dtype=kept.dtype)
     whole[mask] = kept
     return whole

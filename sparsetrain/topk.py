@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Scores = Callable[[], Tensor]
-"""Makes the scores of one tensor, on demand: they are asked for up to three times and never kept."""
+"""Makes the scores of one tensor, on demand: they are asked for a few times and never kept."""
 
 _SMALL = 1 << 12  # scores up to which all of them are the sample
 _CHUNK = 1 << 18  # elements; a chunk and its comparisons stay in the cache

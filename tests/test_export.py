@@ -69,7 +69,7 @@ def test_groups_of_the_output_do_not_cross_those_of_a_convolution():
 def test_sizes_and_axes_without_a_meaning_are_refused():
     with pytest.raises(ValueError, match="n=4 of m=4 must satisfy"):
         check_nm(net(), 4, 4)
-    with pytest.raises(ValueError, match="axis='both' is none of 'input', 'output'"):
+    with pytest.raises(ValueError, match=r"axis='both' is unknown\. Choose one of 'input', 'output'"):
         check_nm(net(), axis="both")
 
 

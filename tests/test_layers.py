@@ -16,7 +16,7 @@ LAYERS = {
     **dict.fromkeys(
         (
             *("steps", "schedules", "selection", "criteria", "allocation", "patterns", "rounds", "retrain", "rng"),
-            *("topk", "nm", "transposable"),
+            *("topk", "nm", "transposable", "choices"),
         ),
         0,
     ),
@@ -41,7 +41,6 @@ OPTIONAL = {
     "timm": ({"models"}, "function"),
     "torchmetrics": ({"models"}, "top"),
     "torchvision": ({"models", "data"}, "top"),
-    "torchdata": ({"data"}, "top"),
     "sklearn": ({"data"}, "function"),
     "scipy": ({"report"}, "function"),
     "triton": ({"ops"}, "top"),

@@ -170,7 +170,6 @@ def test_means_are_over_all_samples_and_those_strictly_between_the_limits_are_un
     consensus = observed({"a": [0.0, 0.05, 0.1, 0.9], "skip": [0.95]})
     assert consensus.means["a"].tolist() == [0.0, 0.05, 0.1, 0.9]
     assert consensus.undecided() == pytest.approx(2 / 5)
-    assert consensus.undecided(low=0.04, high=0.96) == pytest.approx(4 / 5)
 
 
 def test_ranks_join_their_sums_so_that_unequal_shares_count_by_their_samples():

@@ -379,7 +379,7 @@ def summary_table(results: dict[str, Any]) -> str:
             f"`prune.global_unstructured` {slow['min_s']:.2f} s, `torch.kthvalue` {quick['min_s']:.3f} s",
         ),
         (
-            "its extra memory beside the masks, a weight",
+            "its extra memory beside the masks, a weight, at most",
             f"{max(rows[name]['extra_bytes_per_weight'] for name in ('first', 'nested', 'floor')):.2f} bytes",
             "<= 1.3 bytes",
             f"{slow['extra_bytes_per_weight']:.1f} and {quick['extra_bytes_per_weight']:.1f} bytes",

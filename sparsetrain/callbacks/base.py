@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
@@ -19,10 +19,12 @@ from sparsetrain.callbacks.trainer import (
     gradient_scale,
     has_scaler,
     is_fast_dev_run,
+    refuse_sharding,
     run_length,
     set_callbacks,
 )
 from sparsetrain.callbacks.zeros import ZeroFollower
+from sparsetrain.choices import check_choice
 from sparsetrain.masks import Masks, Pruning, Update
 from sparsetrain.report import plan_table
 from sparsetrain.selection import PlanRow
@@ -68,8 +70,7 @@ class SparsityCallback(L.Callback, ABC):
     _logged: dict[str, float]
 
     def __init__(self, pruning: Pruning = Pruning(), *, check: str = "cheap") -> None:
-        if check not in ("off", "cheap", "full"):
-            raise ValueError(f"check={check!r} is unknown. Choose 'off', 'cheap' or 'full'.")
+        check_choice(check, "check", ("off", "cheap", "full"))
         self.pruning = pruning
         self.check = check
         self._begin()
@@ -118,11 +119,7 @@ class SparsityCallback(L.Callback, ABC):
         if stage != "fit":
             return
         self._begin()
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
-            raise ValueError(
-                f"{type(self).__name__} cannot mask weights that {type(trainer.strategy).__name__} shards. "
-                "Use strategy='ddp' or a single device."
-            )
+        refuse_sharding(trainer, self, "mask")
         # After every callback that writes weights (averaging), before the first that saves them.
         others = [callback for callback in callbacks_of(trainer) if callback is not self]
         position = next((i for i, callback in enumerate(others) if isinstance(callback, Checkpoint)), len(others))
@@ -148,7 +145,7 @@ class SparsityCallback(L.Callback, ABC):
         if self._restored is None:
             self._before = trainer.current_epoch, trainer.global_step
         else:
-            epochs, steps = self._restored.get("before", (0, 0))
+            epochs, steps = self._restored["before"]
             self._before = epochs, steps
         self.run = run_length(trainer, epochs_before=self._before[0], steps_before=self._before[1])
         self.prepare(trainer)
@@ -343,6 +340,15 @@ class SparsityCallback(L.Callback, ABC):
             self._follower.refresh_state()  # for what comes back
         trial = is_fast_dev_run(trainer)
         self.history.append(self.masks.update(target, regrow=self.regrow, step=self.step, trial=trial))
+        self._masks_changed(trainer)
+
+    def _take_masks(self, trainer: L.Trainer, masks: Mapping[str, Tensor], source: str) -> None:
+        """Take over masks that were made elsewhere, as one update; see `Masks.replace`."""
+        before = self.masks.kept
+        self.masks.replace(masks, source)
+        kept = self.masks.kept
+        dropped = {name: before[name] - count for name, count in kept.items()}
+        self.history.append(Update(self.step, self.masks.sparsity(), kept, dropped, dict.fromkeys(kept, 0)))
         self._masks_changed(trainer)
 
     def _masks_changed(self, trainer: L.Trainer) -> None:

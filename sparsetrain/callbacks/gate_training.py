@@ -81,8 +81,8 @@ class GateTraining:
     def consensus(self) -> Consensus:
         """What the gates say of all training data in evaluation mode, on all ranks.
 
-        A loader with an `augment` of its own, as those in `sparsetrain.data`, is read without it; of one without a
-        length, which may have no end, the first 10,000 inputs are.
+        A loader with an `augment` of its own, as those in `sparsetrain.data` that hold their data in memory, is read
+        without it; of one without a length, which may have no end, the first 10,000 inputs are.
         """
         consensus = Consensus()
         if self._hidden is None:

@@ -15,6 +15,7 @@ from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.optimizer_snapshot import OptimizerSnapshot
 from sparsetrain.callbacks.rates import RoundRates, fast_forward
 from sparsetrain.callbacks.trainer import callbacks_of, is_fast_dev_run, train_loaders
+from sparsetrain.choices import check_choice
 from sparsetrain.masks import Masks, Pruning
 from sparsetrain.retrain import PruningStep, ReplayLR, Retrain
 from sparsetrain.rng import derive_seed
@@ -53,9 +54,10 @@ class IterativeMagnitudePruning(SparsityCallback):
         dense_length: of the dense phase; None takes `round_length`, "0it" starts from the module's weights as given.
         weights: "keep" trains on with what the last round has made, "rewind" goes back to the weights and buffers of
             step `rewind_to` of the dense phase.
-        rewind_to: the place of the schedule at which each round begins, below `round_length`.
+        rewind_to: the place at which each round begins, below `round_length`: of a schedule as long as a round; of a
+            longer one a round runs as many last places.
         retrain: the learning rate after pruning; see `sparsetrain.retrain`.
-        optimizer_state: "keep", "reset" to none, or "snapshot": that of step `rewind_to`.
+        optimizer_state: "keep", "reset" to none, or "snapshot": that of the place at which rounds begin.
         pruning: what is pruned, scored and allocated how.
         check: see `SparsityCallback`.
 
@@ -102,8 +104,8 @@ class IterativeMagnitudePruning(SparsityCallback):
         lengths, self._unit = whole_lengths(round_length=round_length, dense_length=dense_length, rewind_to=rewind_to)
         self._lengths = Rounds(rounds, *lengths)
         self.sparsities = (0.0, *sparsities(rounds, sparsity=sparsity, per_round=per_round))
-        _check_choice("weights", weights, ("keep", "rewind"))
-        _check_choice("optimizer_state", optimizer_state, ("keep", "reset", "snapshot"))
+        check_choice(weights, "weights", ("keep", "rewind"))
+        check_choice(optimizer_state, "optimizer_state", ("keep", "reset", "snapshot"))
         if not isinstance(retrain, Retrain):
             raise ValueError(f"retrain={retrain!r} is no policy. Give one such as ReplayLR() or LastLR().")
         self.weights, self.retrain, self.optimizer_state = weights, retrain, optimizer_state
@@ -428,11 +430,6 @@ class IterativeMagnitudePruning(SparsityCallback):
 def of_first_rank(trainer: L.Trainer, snapshot: Snapshot) -> Snapshot:
     """The first rank's: batch norm's statistics differ among ranks, and a checkpoint holds those of the first."""
     return trainer.strategy.broadcast(snapshot) if trainer.world_size > 1 else snapshot
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown. Choose {', '.join(map(repr, choices))}.")
 
 
 def _square(masks: Masks) -> float:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sparsetrain.callbacks.iterative import IterativeMagnitudePruning
-from sparsetrain.masks import Pruning, Update
+from sparsetrain.choices import check_choice
+from sparsetrain.masks import Pruning
 from sparsetrain.retrain import ReplayLR, Retrain
 from sparsetrain.rng import generator
 from sparsetrain.selection import Selection
@@ -62,8 +63,7 @@ class LotteryTicketRewinding(IterativeMagnitudePruning):
         pruning: Pruning = Pruning(),
         check: str = "cheap",
     ) -> None:
-        if control not in CONTROLS:
-            raise ValueError(f"control={control!r} is unknown. Choose {', '.join(map(repr, CONTROLS))}.")
+        check_choice(control, "control", CONTROLS)
         if ticket is None and control != "none":
             raise ValueError(
                 f"control={control!r} needs the ticket that it is compared with. Give its file as ticket=."
@@ -108,14 +108,9 @@ class LotteryTicketRewinding(IterativeMagnitudePruning):
         masks = dict(self.given.masks)
         if "random_mask" in self.control:
             masks = {name: self._at_random(name, mask) for name, mask in masks.items()}
-        before = self.masks.kept
-        self.masks.replace(masks, "The ticket's masks")
-        kept = self.masks.kept
-        dropped = {name: before[name] - kept[name] for name in kept}
-        self.history.append(Update(self.step, self.masks.sparsity(), kept, dropped, dict.fromkeys(kept, 0)))
         if "reinit" not in self.control:
             self._snapshot = self.given.weights.cast_like(pl_module)
-        self._masks_changed(trainer)
+        self._take_masks(trainer, masks, "The ticket's masks")
 
     def _at_random(self, name: str, mask: Tensor) -> Tensor:
         """A mask that keeps as many, at uniformly random places; the same on every rank."""

@@ -72,9 +72,8 @@ def copies_of(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, nn.
 
 def pruned_of(module: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Layer name -> what its state dict leaves out of the master: the mask, packed, and the values where it is not."""
-    masks = {name: layer.mask for name, layer in ops.effective_layers(module)}
     return {
-        name: {"mask": pack(masks[name]), "values": layer.weight.detach()[~masks[name]].cpu()}
+        name: {"mask": pack(mask := layer.mask), "values": layer.weight.detach()[~mask].cpu()}
         for name, layer in ops.effective_layers(module)
     }
 

@@ -20,6 +20,7 @@ from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
 from sparsetrain.callbacks.decay import ClipThenDecay, check_decay
 from sparsetrain.callbacks.masters import MasterFollower, add_pruned_, copies_of, pruned_masters, restore_masters_
 from sparsetrain.callbacks.trainer import callbacks_of, is_compiled, is_fast_dev_run, set_callbacks
+from sparsetrain.choices import check_choice
 from sparsetrain.masks import Masks, Pruning
 from sparsetrain.ops import NMRule
 from sparsetrain.ops.layers import EffectiveLayer, make_effective
@@ -38,7 +39,8 @@ class NMTraining(SparsityCallback):
     and nothing is left of the conversion. Meanwhile their Parameters hold the dense master, which optimizers, weight
     decay and averaging see; each `state_dict` of the module, and so each checkpoint, holds the sparse weights that its
     forward pass uses, under the plain names. What is missing there is in this callback's state, so that a resumed run
-    has the same master, bit for bit. Masks are functions of the master, made again after each optimizer step.
+    has the same master, bit for bit. The layers' masks are functions of the master, made again after each optimizer
+    step; `masks` are those of the last save or of the end of the fit, and `read_masks()` brings them up to date.
 
     With `sparse_until` the run ends with a dense tail: the layers become plain ones that compute with the master, as
     validation and checkpoints then do, and the decay ends. `final` says what is left after the fit: the master, or its
@@ -94,8 +96,7 @@ class NMTraining(SparsityCallback):
         check_steps(refresh, "refresh")
         if sparse_until is not None:
             check_steps(sparse_until, "sparse_until")
-        if final not in ("sparse", "dense"):
-            raise ValueError(f"final={final!r} is unknown. Choose 'sparse' or 'dense'.")
+        check_choice(final, "final", ("sparse", "dense"))
         if final == "dense" and sparse_until is None:
             raise ValueError(
                 "final='dense' would leave weights that no product of the run has used. Give sparse_until='0.8run', or "

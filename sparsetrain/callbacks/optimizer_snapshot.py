@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from sparsetrain.snapshot import spread
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,7 @@ class OptimizerSnapshot:
         """What `packed` returned under the same masks, with zeros at the pruned places."""
 
         def unpack(value: Any, mask: Tensor) -> Any:
-            if not isinstance(value, Mapping):
-                return value
-            whole = torch.zeros(mask.shape, dtype=value["kept"].dtype)
-            whole[mask] = value["kept"]
-            return whole
+            return spread(value["kept"], mask) if isinstance(value, Mapping) else value
 
         return cls([_each(saved, masks, unpack) for saved in optimizers])
 

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from sparsetrain.callbacks.trainer import is_fast_dev_run, run_length
+from sparsetrain.callbacks.trainer import is_fast_dev_run, refuse_sharding, run_length
+from sparsetrain.choices import check_choice
 from sparsetrain.selection import Selection
 from sparsetrain.steps import RunLength, check_steps, parse_steps
 
@@ -227,11 +227,7 @@ class _WeightPenalty(Penalty):
         self._names: tuple[str, ...] = ()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
-            raise ValueError(
-                f"{type(self).__name__} cannot sum over weights that {type(trainer.strategy).__name__} shards. "
-                "Use strategy='ddp' or a single device."
-            )
+        refuse_sharding(trainer, self, "sum over")
 
     def prepare(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._names = tuple(row.name for row in self.where.plan(pl_module) if row.pruned)
@@ -300,8 +296,7 @@ class GroupLasso(_WeightPenalty):
         where: Selection = Selection(),
         name: str = "group_lasso",
     ) -> None:
-        if group not in ("channel", "input_channel", "shape", "layer"):
-            raise ValueError(f"group={group!r} is unknown. Choose 'channel', 'input_channel', 'shape' or 'layer'.")
+        check_choice(group, "group", ("channel", "input_channel", "shape", "layer"))
         super().__init__(weight, where=where, name=name)
         self.group = group
 

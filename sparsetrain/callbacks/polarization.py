@@ -15,10 +15,11 @@ from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.gate_training import GateTraining
 from sparsetrain.callbacks.gated import Gated, close_, closed_units, gated_blocks, gated_layers, masked, operations
 from sparsetrain.callbacks.penalty import LinearWeight
-from sparsetrain.callbacks.recalibration import inputs_in, needs_recalibration, recalibrate, recalibration_seed
+from sparsetrain.callbacks.recalibration import inputs_in, needs_recalibration, recalibrate
 from sparsetrain.callbacks.trainer import example_of, is_fast_dev_run, train_loaders, uncompiled
+from sparsetrain.choices import check_choice
 from sparsetrain.export import Unit, units
-from sparsetrain.masks import Masks, Pruning, Update
+from sparsetrain.masks import Masks, Pruning
 from sparsetrain.polarization import Operation, budget_error, disagreement, expected_cost
 from sparsetrain.selection import Selection
 from sparsetrain.steps import check_steps
@@ -106,7 +107,8 @@ class PolarizationGating(SparsityCallback):
     Attributes:
         units: the closed units, of the module that is trained; empty before the extraction.
         extraction: what was found then; None before.
-        history_of_gates: name of the gated layer or block -> about 200 points (optimizer step, share of open gates).
+        history_of_gates: name of the gated layer or block -> (optimizer step, share of open gates) points, at most 400
+            of them.
         history_of_cost: at the same steps, the expected cost as a share of the dense one's.
         masks: of the weights that read gated channels; or of the weights in gated blocks, and of what closes these.
 
@@ -152,12 +154,10 @@ class PolarizationGating(SparsityCallback):
         where: Selection = Selection(),
         check: str = "cheap",
     ) -> None:
-        if granularity not in ("channel", "layer"):
-            raise ValueError(f"granularity={granularity!r} is unknown. Choose 'channel' or 'layer'.")
+        check_choice(granularity, "granularity", ("channel", "layer"))
         if not 0 < sparsity < 1:
             raise ValueError(f"sparsity={sparsity} is the share of the cost to remove, which lies in (0, 1).")
-        if measure not in ("flops", "params"):
-            raise ValueError(f"measure={measure!r} is unknown. Choose 'flops' or 'params'.")
+        check_choice(measure, "measure", ("flops", "params"))
         if not (math.isfinite(gate_lr) and gate_lr > 0):
             raise ValueError(f"gate_lr={gate_lr} is a learning rate, which is above 0.")
         if hidden is not None and hidden < 1:
@@ -214,7 +214,7 @@ class PolarizationGating(SparsityCallback):
             )
             if self._restored is not None:
                 self._training.load_state_dict(self._restored["gates"])
-            loaders = list(train_loaders(trainer))
+            loaders = train_loaders(trainer)
             will_look = needs_recalibration(pl_module, loaders) or self.hidden is not None
             self._checks_batch = will_look and loaders[0] is trainer.train_dataloader  # else batches are of several
 
@@ -338,18 +338,13 @@ class PolarizationGating(SparsityCallback):
         decision = consensus.fill_to_budget(self._operations, 1 - self.sparsity)
         training.remove()
         self._training = None
-        before = self.masks.kept
         masks = {name: mask.clone() for name, mask in self.masks.items()}
         close_(self._layers, dict(decision.open), masks)
-        self.masks.replace(masks, "The masks of the static network")
-        kept = self.masks.kept
-        dropped = {name: before[name] - count for name, count in kept.items()}
-        self.history.append(Update(self.step, self.masks.sparsity(), kept, dropped, dict.fromkeys(kept, 0)))
         gates = torch.cat(list(decision.open.values()))
         closed = int((~gates).sum())
         self.extraction = Extraction(self.step, decision.cost, gates.numel(), closed, undecided, decision.overruled)
-        self._masks_changed(trainer)
-        recalibrate(trainer, pl_module, list(train_loaders(trainer)), recalibration_seed(self._seed))
+        self._take_masks(trainer, masks, "The masks of the static network")
+        recalibrate(trainer, pl_module, train_loaders(trainer), self._seed)
         rank_zero_info(
             f"At step {self.step} {closed} of {gates.numel()} gates were closed, {decision.overruled} decided ones "
             f"overruled; {decision.cost:.4f} of the {self.measure} are left."

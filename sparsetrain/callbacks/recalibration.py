@@ -21,11 +21,6 @@ from sparsetrain.snapshot import Snapshot
 MOST_IMAGES = 10_000
 
 
-def recalibration_seed(seed: int) -> int:
-    """Of the sample of training data that a run with `seed` recalibrates with, each time."""
-    return derive_seed(seed, "recalibration")
-
-
 def recalibrate(trainer: L.Trainer, pl_module: L.LightningModule, loaders: list[Any], seed: int) -> None:
     """`soups.recalibrate` with a fifth of the batches of the training loader, until 10,000 inputs have been seen.
 
@@ -36,7 +31,8 @@ def recalibrate(trainer: L.Trainer, pl_module: L.LightningModule, loaders: list[
         trainer: moves the batches and sets the precision.
         pl_module: is called with the first part of each batch, or with a batch that is a tensor.
         loaders: for training; one, if there is batch norm.
-        seed: of the order and augmentation of loaders that have `fresh`; that of the global generators for others.
+        seed: the run's, from which the order and augmentation of loaders that have `fresh` come, each time the same;
+            for others they come from the global generators.
 
     Raises:
         ValueError: several loaders, or a batch that does not begin with a tensor.
@@ -46,7 +42,7 @@ def recalibrate(trainer: L.Trainer, pl_module: L.LightningModule, loaders: list[
     length = sized_len(loaders[0])
     with isolate_rng(), trainer.precision_plugin.forward_context():
         limit = None if length is None else -(-length // 5)
-        fifth = islice(inputs_of(trainer, pl_module, fresh(loaders[0], seed)), limit)
+        fifth = islice(inputs_of(trainer, pl_module, fresh(loaders[0], derive_seed(seed, "recalibration"))), limit)
         soups.recalibrate(pl_module, fifth, images=MOST_IMAGES)
     if trainer.world_size > 1:
         trainer.strategy.broadcast(Snapshot.of(pl_module)).restore_(pl_module)

@@ -30,8 +30,8 @@ class ExactResume(L.Callback):
     written amid a batch, as by `OnExceptionCheckpoint`, goes on with the next batch. Under manual optimization, where
     only the module knows what it accumulates, gradients are part of every checkpoint.
 
-    Private names of Lightning are used here, and one each in `checkpoints` and `recalibration`; tests fail if they are
-    renamed.
+    Private names of Lightning are used here, and one each in `checkpoints`, `recalibration` and `trainer`; tests fail
+    if they are renamed.
     """
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ class ExactResume(L.Callback):
         trainer._logger_connector._callback_metrics.update(self._restored["metrics"])
         epoch_has_ended = trainer.fit_loop.resumed_on_epoch_end or trainer.fit_loop.restarted_on_epoch_end
         _mend_progress(trainer)
-        streams = self._restored.get("generators", [[]] * len(ranks))[trainer.global_rank]
+        streams = self._restored["generators"][trainer.global_rank]
         _restore_loader(trainer, ranks[trainer.global_rank], streams, epoch_has_ended)
         self._before_validation = ranks[trainer.global_rank]  # of the one that was due when the checkpoint was saved
         self._restored = None
@@ -192,7 +192,7 @@ def _restore_loader(
     if within_epoch:
         iter(fetcher)
     _set_random_state(random_state)
-    for generator, state in zip(_generators(trainer), streams, strict=False):  # none of older checkpoints
+    for generator, state in zip(_generators(trainer), streams, strict=False):  # there may be others now
         generator.set_state(state.cpu())
     if not within_epoch:
         iter(fetcher)

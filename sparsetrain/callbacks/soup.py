@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from sparsetrain.callbacks.iterative import IterativeMagnitudePruning, of_first_rank
-from sparsetrain.callbacks.recalibration import inputs_in, needs_recalibration, recalibrate, recalibration_seed
+from sparsetrain.callbacks.recalibration import inputs_in, needs_recalibration, recalibrate
 from sparsetrain.callbacks.trainer import train_loaders
 from sparsetrain.callbacks.vary import VariedSettings, Vary
 from sparsetrain.masks import Pruning
@@ -144,7 +144,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
             )
         super().on_train_start(trainer, pl_module)
         self._resumed_in = trainer.current_epoch if resumed else -1
-        loaders = list(train_loaders(trainer))
+        loaders = train_loaders(trainer)
         is_bare = loaders[:1] == [trainer.train_dataloader]  # else batches come in a list or a dictionary of its own
         self._checks_batch = needs_recalibration(pl_module, loaders) and is_bare
         if not resumed:
@@ -250,7 +250,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
             soup.cast_like(pl_module).restore_(pl_module)
             self._mean = self._snapshot = None
             self.hold_zeros()
-            recalibrate(trainer, pl_module, list(train_loaders(trainer)), recalibration_seed(self._seed))
+            recalibrate(trainer, pl_module, train_loaders(trainer), self._seed)
 
     def _begin(self) -> None:
         super()._begin()

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.optim import Optimizer
@@ -42,6 +43,24 @@ def gradient_scale(trainer: L.Trainer, optimizer: Optimizer) -> float:
     return float(trainer.precision_plugin.scaler.get_scale()) if scaled else 1.0  # type: ignore[attr-defined]
 
 
+def refuse_sharding(trainer: L.Trainer, callback: L.Callback, does: str) -> None:
+    """Raise if no process has the weights whole.
+
+    Args:
+        trainer: of the fit.
+        callback: that needs them,
+        does: and what it does with them, for the error.
+
+    Raises:
+        ValueError: FSDP, DeepSpeed or a model-parallel strategy.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy | DeepSpeedStrategy):
+        raise ValueError(
+            f"{type(callback).__name__} cannot {does} weights that {type(trainer.strategy).__name__} shards. "
+            "Use strategy='ddp' or a single device."
+        )
+
+
 def was_skipped(optimizer: Optimizer) -> bool:
     """Whether the step that an optimizer has just ended was skipped within, as fused ones do under a gradient scaler.
 
@@ -50,10 +69,11 @@ def was_skipped(optimizer: Optimizer) -> bool:
     return bool(getattr(optimizer, "found_inf", False))  # which the scaler lends it for the step
 
 
-def train_loaders(trainer: L.Trainer) -> Iterator[Any]:
+def train_loaders(trainer: L.Trainer) -> list[Any]:
     """The training loaders, of which there may be several."""
-    if trainer.train_dataloader is not None:
-        yield from CombinedLoader(trainer.train_dataloader, "min_size").flattened
+    if trainer.train_dataloader is None:
+        return []
+    return list(CombinedLoader(trainer.train_dataloader, "min_size").flattened)
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:

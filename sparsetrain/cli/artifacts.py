@@ -23,7 +23,7 @@ from sparsetrain.callbacks.nm_training import NMTraining
 from sparsetrain.callbacks.trainer import callbacks_of
 from sparsetrain.mask_files import save_masks
 from sparsetrain.masks import Masks, Update
-from sparsetrain.report import draw_gates, draw_sparsity, measure, report_table, write_sparsity_csv
+from sparsetrain.report import draw_gates, draw_sparsity, measure, report_table, training_flops, write_sparsity_csv
 
 SUMMARY, CONFIG, MODEL = "summary.json", "config.yaml", "model.safetensors"
 SPARSITY, MASKS, PICTURE, GATES = "sparsity.csv", "masks.safetensors", "sparsity.png", "gates.png"
@@ -147,7 +147,7 @@ class Artifacts(L.Callback):
         if self._shrinking is not None and self._whole_flops is not None:
             before = batches if self._whole_batches is None else self._whole_batches
             forward = self._whole_flops * before + flops * (batches - before)
-        return 3 * forward * size * trainer.world_size
+        return training_flops(forward, size * trainer.world_size)
 
     def _examples_per_s(self, trainer: L.Trainer) -> float | None:
         """What was trained on in a second of the last epoch, on all ranks; None if that is not known."""
@@ -272,8 +272,13 @@ def cpu_name() -> str:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace the file as a whole."""
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write the file so that nobody ever sees a part of it."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 

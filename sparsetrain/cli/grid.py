@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from sparsetrain.cli.artifacts import SUMMARY, write_json
+from sparsetrain.cli.artifacts import read_summary, write_json
 from sparsetrain.cli.resume import is_complete
 from sparsetrain.cli.train import compose, train
 from sparsetrain.report import Interval, paired
@@ -110,7 +110,7 @@ class Grid:
         (arm, seed), folder = job, self.job(*job)[1]
         if not is_complete(folder):
             return False
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text())
+        summary = read_summary(folder)
         record = {"arm": arm, "seed": seed, "test_accuracy": summary["test"]["accuracy"]}
         of_run = {key: summary[key] for key in _FACTS}
         results["runs"].append({**record, "date": date.today().isoformat(), **self.facts(summary, folder), **of_run})

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from sparsetrain.cli import rounds
 from sparsetrain.cli.artifacts import CONFIG, SUMMARY
+from sparsetrain.cli.resume import CHECKPOINT
 from sparsetrain.report import (
     Run,
     Sweep,
@@ -28,7 +29,6 @@ from sparsetrain.report import (
 
 TABLE, PICTURE = "sweep.csv", "sweep.png"
 _OVERRIDES, _BEGUN_WITH, _SWEEP = ".hydra/overrides.yaml", ".hydra/config.yaml", "multirun.yaml"  # Hydra writes them
-_CHECKPOINT = "checkpoints/last.ckpt"
 _TARGETS = ("sparsity", "initial", "final")  # of a schedule
 
 
@@ -109,7 +109,7 @@ def _read(path: Path, root: Path) -> Run:
     """A run from its folder."""
     name = str(path.relative_to(root))
     if not (path / SUMMARY).exists():
-        resume = f"; ckpt_path={path / _CHECKPOINT} resumes it" if (path / _CHECKPOINT).exists() else ""
+        resume = f"; ckpt_path={path / CHECKPOINT} resumes it" if (path / CHECKPOINT).exists() else ""
         by_hydra = (path / _OVERRIDES).exists()  # not by sparsetrain-soup, which writes its overrides at its end
         return Run(
             name,

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from sparsetrain.cli.artifacts import CONFIG, SUMMARY
+from sparsetrain.cli.artifacts import CONFIG, SUMMARY, write_whole
 
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 # What a run may be resumed with otherwise: its place, and what is not trained.
@@ -64,9 +64,7 @@ def check_same(cfg: DictConfig, folder: Path) -> None:
 
 def write_config(cfg: DictConfig, folder: Path) -> None:
     """Write config.yaml, resolved; an older one is replaced as a whole."""
-    temporary = folder / f".{CONFIG}.tmp"
-    temporary.write_text(OmegaConf.to_yaml(cfg, resolve=True))
-    temporary.replace(folder / CONFIG)
+    write_whole(folder / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
 
 
 def _final_metrics(folder: Path) -> dict[str, float] | None:

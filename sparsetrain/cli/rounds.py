@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparsetrain import soups
 from sparsetrain.callbacks import IterativeMagnitudePruning, SparseModelSoup
-from sparsetrain.cli.artifacts import MASKS, MODEL, network_of, write_model
+from sparsetrain.cli.artifacts import MASKS, MODEL, network_of, write_json, write_model
 from sparsetrain.mask_files import load_masks, save_masks
 from sparsetrain.report import (
     Round,
@@ -105,7 +105,7 @@ class RoundArtifacts(Checkpoint):
         }
         save_masks(method.masks, folder / MASKS)
         write_model(folder, pl_module)
-        (folder / FACTS).write_text(json.dumps(facts))  # last: a round that has it is whole
+        write_json(folder / FACTS, facts)  # last: a round that has it is whole
 
 
 def makes_soups(method: object) -> bool:

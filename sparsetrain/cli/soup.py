@@ -18,7 +18,17 @@ import torch
 from sparsetrain import soups
 from sparsetrain.callbacks import SparseModelSoup
 from sparsetrain.cli import rounds, shrunk
-from sparsetrain.cli.artifacts import CONFIG, MASKS, MODEL, SUMMARY, made_on, of_stage, write_json, write_model
+from sparsetrain.cli.artifacts import (
+    CONFIG,
+    MASKS,
+    MODEL,
+    SUMMARY,
+    made_on,
+    of_stage,
+    read_summary,
+    write_json,
+    write_model,
+)
 from sparsetrain.cli.checkpoints import AtomicCheckpointIO
 from sparsetrain.cli.instantiate import instantiate
 from sparsetrain.cli.resume import CHECKPOINT, check_same, is_complete, write_config
@@ -163,7 +173,7 @@ def _merge(
     of_round = [path / rounds.FOLDER / str(number) for path in members]
     checkpoints = [torch.load(path / CHECKPOINT, map_location="cpu", weights_only=True, mmap=True) for path in members]
     for path, checkpoint in zip(members, checkpoints, strict=True):
-        steps = json.loads((path / SUMMARY).read_text())["steps"]
+        steps = read_summary(path)["steps"]
         if checkpoint["global_step"] != steps:
             raise ValueError(
                 f"{path / CHECKPOINT} is of step {checkpoint['global_step']}, and the run has {steps}. Let "

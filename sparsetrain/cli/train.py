@@ -30,7 +30,8 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 from sparsetrain.callbacks import ExactResume, IterativeMagnitudePruning, SparsityCallback
-from sparsetrain.callbacks.recalibration import Recalibration, recalibration_seed
+from sparsetrain.callbacks.recalibration import Recalibration
+from sparsetrain.choices import check_choice
 from sparsetrain.cli import artifacts, launchers, metrics, resume, rounds, schema, shrunk
 from sparsetrain.cli.checkpoints import AtomicCheckpointIO
 from sparsetrain.cli.instantiate import instantiate
@@ -188,8 +189,7 @@ def make_parts(cfg: DictConfig) -> tuple[L.LightningModule, L.LightningDataModul
     Raises:
         ValueError: settings that do not fit, or a module without a test.
     """
-    if cfg.matmul_precision not in _PRECISIONS:
-        raise ValueError(f"matmul_precision={cfg.matmul_precision} is unknown. Choose one of {', '.join(_PRECISIONS)}.")
+    check_choice(cfg.matmul_precision, "matmul_precision", _PRECISIONS)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     torch.set_float32_matmul_precision(cfg.matmul_precision)
     datamodule = instantiate(cfg.dataset)
@@ -220,7 +220,7 @@ def make_evaluator(
     try:
         return _trainer(
             cfg,
-            callbacks=[Recalibration(datamodule, recalibration_seed(cfg.seed))] if soups else [],
+            callbacks=[Recalibration(datamodule, cfg.seed)] if soups else [],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

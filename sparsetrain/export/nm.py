@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
+from sparsetrain.choices import check_choice
 from sparsetrain.nm import check_nm as check_sizes
 from sparsetrain.ops import cusparselt
 from sparsetrain.ops.layers import effective_layers
@@ -50,8 +51,7 @@ def check_nm(
         ValueError: `n`, `m` or `axis` have no meaning.
     """
     check_sizes(n, m)
-    if axis not in _AXES:
-        raise ValueError(f"axis={axis!r} is none of {', '.join(map(repr, _AXES))}.")
+    check_choice(axis, "axis", _AXES)
     effective = {layer for _, layer in effective_layers(model)}
     rows = []
     for name, layer in _layers(model):

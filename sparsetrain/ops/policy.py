@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sparsetrain.choices import check_choice
 from sparsetrain.ops import cusparselt, library
 from sparsetrain.ops.layers import EffectiveConv2d, EffectiveLayer, effective_layers
 
@@ -51,8 +52,7 @@ def check_backend(backend: str, dtype: torch.dtype | None = None, device: torch.
     Raises:
         ValueError: with the reason and the remedy.
     """
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend={backend!r} is none of {', '.join(map(repr, _BACKENDS))}.")
+    check_choice(backend, "backend", _BACKENDS)
     if backend == "cusparselt" and dtype is not None and (reason := cusparselt.probe(dtype, device)):
         raise _cannot_run(reason)
 

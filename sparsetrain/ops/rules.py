@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparsetrain.choices import check_choice
 from sparsetrain.nm import check_nm
 from sparsetrain.ops import library
 from sparsetrain.ops.reference import add_decay_, masked, masked_, nm_mask
@@ -46,8 +47,7 @@ class NMRule:
 
     def __post_init__(self) -> None:
         check_nm(self.n, self.m)
-        if self.backward not in _BACKWARDS:
-            raise ValueError(f"backward={self.backward!r} is none of {', '.join(map(repr, _BACKWARDS))}.")
+        check_choice(self.backward, "backward", _BACKWARDS)
         if self.backward == "transposable" and self.m > 5:
             raise ValueError(
                 f"Transposable {self.n}:{self.m} masks are found by enumeration, for m <= 5 only. Take n=2, m=4."

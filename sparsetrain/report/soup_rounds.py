@@ -99,7 +99,8 @@ def draw_soups(path: Path | str, rounds: Sequence[SoupRound], *, dense: float | 
     places = [row.number for row in rounds]
     every = [(row.number, one["test/accuracy"]) for row in rounds for one in row.ingredients]
     axes.plot(*zip(*every, strict=True), "o", color=_INGREDIENT, alpha=0.6, markersize=5, label="ingredients")
-    means, soups = ([value(row) for row in rounds] for value in (_mean_accuracy, _soup_accuracy))
+    means = [row.mean("test/accuracy") for row in rounds]
+    soups = [row.soup["test/accuracy"] for row in rounds]
     axes.plot(places, means, "_", color=_INGREDIENT, markersize=22, markeredgewidth=2, label="their mean")
     axes.plot(places, soups, "D-", color=_SOUP, linewidth=1.5, markersize=6, label="soup")
     axes.set(ylabel="test accuracy", xlim=(places[0] - 0.5, places[-1] + 0.5))
@@ -109,11 +110,3 @@ def draw_soups(path: Path | str, rounds: Sequence[SoupRound], *, dense: float | 
     axes.spines[["right", "top"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=150)
-
-
-def _mean_accuracy(row: SoupRound) -> float:
-    return row.mean("test/accuracy")
-
-
-def _soup_accuracy(row: SoupRound) -> float:
-    return row.soup["test/accuracy"]

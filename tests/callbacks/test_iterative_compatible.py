@@ -173,8 +173,11 @@ def test_the_callback_says_how_long_the_trainer_has_to_be():
         ({"sparsity": None}, r"sparsity=None and per_round=None: give exactly one"),
         ({"per_round": 1.0}, r"per_round=1\.0 is no sparsity"),
         ({"per_round": 0.2, "sparsity": 0.8}, r"sparsity=0\.8 and per_round=0\.2: give exactly one"),
-        ({"weights": "restart"}, r"weights='restart' is unknown\. Choose 'keep', 'rewind'\."),
-        ({"optimizer_state": "rewind"}, r"optimizer_state='rewind' is unknown\. Choose 'keep', 'reset', 'snapshot'\."),
+        ({"weights": "restart"}, r"weights='restart' is unknown\. Choose one of 'keep', 'rewind'\."),
+        (
+            {"optimizer_state": "rewind"},
+            r"optimizer_state='rewind' is unknown\. Choose one of 'keep', 'reset', 'snapshot'\.",
+        ),
         ({"retrain": "LastLR"}, r"retrain='LastLR' is no policy\. Give one such as ReplayLR\(\) or LastLR\(\)\."),
         ({"retrain": LastLR}, r"is no policy\. Give one such as ReplayLR\(\) or LastLR\(\)\."),
         (

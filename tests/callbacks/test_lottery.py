@@ -433,7 +433,11 @@ def test_fast_dev_run_trains_the_ticket(path, found, batches, control):
 @pytest.mark.parametrize(
     ("choices", "error", "message"),
     [
-        ({"control": "random"}, ValueError, r"control='random' is unknown\. Choose 'none', 'random_mask', 'reinit', "),
+        (
+            {"control": "random"},
+            ValueError,
+            r"control='random' is unknown\. Choose one of 'none', 'random_mask', 'reinit', ",
+        ),
         ({"control": "reinit"}, ValueError, r"control='reinit' needs the ticket .*Give its file as ticket=\."),
         ({"ticket": "PATH", "rounds": 1}, ValueError, r"trained and not pruned, but rounds=1, .* Use rounds=0"),
         ({"ticket": "PATH", "sparsity": 0.8}, ValueError, r"but rounds=0, sparsity=0\.8 and per_round=None"),

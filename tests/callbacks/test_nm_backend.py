@@ -320,7 +320,9 @@ def test_kernels_that_fit_no_layer_are_refused(as_if_sparse):
 
 
 def test_an_unknown_backend_is_refused_at_construction():
-    with pytest.raises(ValueError, match="backend='cuda' is none of 'auto', 'reference', 'cusparselt'"):
+    with pytest.raises(
+        ValueError, match=r"backend='cuda' is unknown\. Choose one of 'auto', 'reference', 'cusparselt'"
+    ):
         BDWP(backend="cuda")
 
 

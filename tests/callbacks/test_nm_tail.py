@@ -255,7 +255,7 @@ def test_a_run_that_ends_before_its_tail_leaves_n_of_m_and_says_so():
     ("settings", "message"),
     [
         ({"sparse_until": "soon"}, r"^sparse_until: 'soon'"),
-        ({"sparse_until": 3, "final": "both"}, r"^final='both' is unknown\. Choose 'sparse' or 'dense'\.$"),
+        ({"sparse_until": 3, "final": "both"}, r"^final='both' is unknown\. Choose one of 'sparse', 'dense'\.$"),
         ({"final": "dense"}, r"^final='dense' would leave weights that no product of the run has used\. Give sparse"),
     ],
 )

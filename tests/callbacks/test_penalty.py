@@ -330,7 +330,7 @@ def test_what_cannot_be_added_is_refused_and_leaves_nothing(penalties, make, mes
         (lambda: L1Penalty(-0.1), r"The weight of a penalty is -0\.1; it must be a finite number, at least 0"),
         (lambda: L1Penalty(math.nan), r"The weight of a penalty is nan"),
         (lambda: LinearWeight(0.1, end="2epochs"), r"end: '2epochs' is no length"),
-        (lambda: GroupLasso(0.1, group="row"), r"group='row' is unknown\. Choose 'channel', 'input_channel'"),
+        (lambda: GroupLasso(0.1, group="row"), r"group='row' is unknown\. Choose one of 'channel', 'input_channel'"),
     ],
 )
 def test_wrong_settings_are_refused_at_once(make, message):

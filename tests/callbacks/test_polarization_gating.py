@@ -519,9 +519,9 @@ class Functional(PlainModule):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"granularity": "block"}, r"granularity='block' is unknown\. Choose 'channel' or 'layer'"),
+        ({"granularity": "block"}, r"granularity='block' is unknown\. Choose one of 'channel', 'layer'"),
         ({"sparsity": 1.0}, r"sparsity=1\.0 is the share of the cost to remove, which lies in \(0, 1\)"),
-        ({"measure": "time"}, r"measure='time' is unknown\. Choose 'flops' or 'params'"),
+        ({"measure": "time"}, r"measure='time' is unknown\. Choose one of 'flops', 'params'"),
         ({"budget": -1.0}, r"budget=-1\.0 is the weight of a term of the loss, which is at least 0"),
         ({"gate_lr": 0.0}, r"gate_lr=0\.0 is a learning rate, which is above 0"),
         ({"hidden": 0}, r"hidden=0 must be at least 1, or None"),

@@ -26,7 +26,8 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 from sparsetrain import CyclicLR, IterativeMagnitudePruning, LinearLR, ReplayLR, SparseModelSoup, Vary
-from sparsetrain.callbacks.recalibration import recalibrate, recalibration_seed
+from sparsetrain.callbacks.recalibration import recalibrate
+from sparsetrain.rng import derive_seed
 from sparsetrain.soups import uniform
 
 WEIGHTS = ("body.0.weight", "body.5.weight", "head.weight")
@@ -250,7 +251,7 @@ def test_the_soups_batch_norm_has_the_statistics_of_a_fifth_of_the_batches_in_a_
     made = record.ends[3 * EPOCH - 1].module
     module = Quiet()
     module.load_state_dict(made)
-    batches = [x for x, _ in loaders()["train_dataloaders"].fresh(recalibration_seed(3))]
+    batches = [x for x, _ in loaders()["train_dataloaders"].fresh(derive_seed(3, "recalibration"))]
     assert len(batches) == 5
     mean, variance = statistics_by_hand(module, batches[:1])
     torch.testing.assert_close(made["body.1.running_mean"].double(), mean, rtol=0, atol=1e-6)
@@ -279,7 +280,7 @@ def test_recalibration_sees_the_batches_as_a_hook_of_the_data_module_changes_the
     made = record.ends[3 * EPOCH - 1].module
     module = Quiet()
     module.load_state_dict(made)
-    batches = [x - 3 for x, _ in loaders()["train_dataloaders"].fresh(recalibration_seed(3))]
+    batches = [x - 3 for x, _ in loaders()["train_dataloaders"].fresh(derive_seed(3, "recalibration"))]
     mean, variance = statistics_by_hand(module, batches[:1])
     torch.testing.assert_close(made["body.1.running_mean"].double(), mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(made["body.1.running_var"].double(), variance, rtol=0, atol=1e-5)

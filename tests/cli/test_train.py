@@ -382,7 +382,7 @@ def test_processes_that_share_the_stamp_share_the_run_folder(command: Callable[.
         (["optim.lr=abc"], "optim.lr=abc is not a number. Give one, such as optim.lr=1."),
         (["trainer.max_epochs=abc"], "trainer.max_epochs=abc is not a number"),
         (["trainer=cpu", "trainer.devices=abc"], "refuses its settings (accelerator=cpu devices=abc precision=32-true"),
-        (["matmul_precision=hihg"], "matmul_precision=hihg is unknown. Choose one of highest, high, medium."),
+        (["matmul_precision=hihg"], "matmul_precision='hihg' is unknown. Choose one of 'highest', 'high', 'medium'."),
     ],
 )
 def test_bad_input_is_answered_in_a_few_lines(

@@ -169,7 +169,7 @@ def test_optimizers_without_a_pruned_weight_are_refused():
 
 @pytest.mark.parametrize("check", ["all", "", True])
 def test_an_unknown_check_is_refused(check):
-    with pytest.raises(ValueError, match=r"check=.* is unknown. Choose 'off', 'cheap' or 'full'"):
+    with pytest.raises(ValueError, match=r"check=.* is unknown. Choose one of 'off', 'cheap', 'full'"):
         pruning("*", check=check)
 
 

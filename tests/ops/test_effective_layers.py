@@ -201,7 +201,7 @@ def test_the_selection_chooses_by_parameter_name():
         (lambda: convert(nn.Linear(6, 4), NMRule(2, 4)), r"No layer of Linear can hold .*6 input channels"),
         (lambda: convert(net(), NMRule(2, 4), where=Selection(include=("nope",))), r"matches no parameter"),
         (lambda: [convert(module, NMRule(2, 4)) for module in [net()] * 2], r"'2' is converted already. Call fold"),
-        (lambda: NMRule(2, 4, backward="both"), r"backward='both' is none of 'dense', 'bidirectional'"),
+        (lambda: NMRule(2, 4, backward="both"), r"backward='both' is unknown. Choose one of 'dense', 'bidirectional'"),
         (lambda: NMRule(4, 8, backward="transposable"), r"Transposable 4:8 masks are found by enumeration"),
         (lambda: NMRule(5, 4), r"n=5 of m=4"),
         (lambda: NMRule(2, 4, backward="bidirectional").weights(torch.ones(4, 4), mask=torch.ones(4, 4)), r"two masks"),

@@ -245,7 +245,9 @@ def test_a_layer_on_sparse_kernels_computes_what_the_reference_does(as_if_sparse
 def test_wrong_arguments_are_refused():
     module = nn.Linear(8, 8)
     convert(module, NMRule(2, 4))
-    with pytest.raises(ValueError, match="backend='cuda' is none of 'auto', 'reference', 'cusparselt'"):
+    with pytest.raises(
+        ValueError, match=r"backend='cuda' is unknown\. Choose one of 'auto', 'reference', 'cusparselt'"
+    ):
         policy.choose(module, "cuda", tokens=8, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="tokens are 0; they must be at least 1"):
         policy.choose(module, tokens=0, dtype=torch.bfloat16)

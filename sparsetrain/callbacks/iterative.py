@@ -223,6 +223,8 @@ class IterativeMagnitudePruning(SparsityCallback):
             self._reseed_loaders(trainer, leg)  # each epoch: the Trainer may have made new loaders
         if leg > self.leg:
             _seed_all(derive_seed(self._seed, *self.stream(leg), trainer.global_rank))  # before an iterator draws
+            if trainer.fit_loop.is_resuming:
+                iter(trainer.fit_loop._data_fetcher)  # its iterator has been made, and Lightning makes no other one
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -37,10 +37,12 @@ class ExactResume(L.Callback):
     def __init__(self) -> None:
         self._restored: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
+        self._loader_states: list[Any] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._restored = None
         self._before_validation = None
+        self._loader_states = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"random": _of_all_ranks(_random_state())}
@@ -53,6 +55,7 @@ class ExactResume(L.Callback):
         if state is None:
             return  # only weights are saved
         state["metrics"] = dict(trainer.callback_metrics)
+        state["reloaded"] = trainer.fit_loop._last_train_dl_reload_epoch
         state["generators"] = _of_all_ranks([stream.get_state() for stream in _generators(trainer)])
         if trainer.fit_loop._should_accumulate() or not pl_module.automatic_optimization:
             gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
@@ -62,7 +65,11 @@ class ExactResume(L.Callback):
             }
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and self.state_key not in checkpoint.get("callbacks", {}):
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        # Lightning hands them to the loaders once, and its own iterator uses them up before training starts.
+        self._loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        if self.state_key not in checkpoint.get("callbacks", {}):
             rank_zero_warn(
                 "The run was saved without ExactResume: its random streams begin anew, and the resumed run is another "
                 "one. Begin the next run with ExactResume."
@@ -89,7 +96,9 @@ class ExactResume(L.Callback):
         epoch_has_ended = trainer.fit_loop.resumed_on_epoch_end or trainer.fit_loop.restarted_on_epoch_end
         _mend_progress(trainer)
         streams = self._restored["generators"][trainer.global_rank]
-        _restore_loader(trainer, ranks[trainer.global_rank], streams, epoch_has_ended)
+        _restore_loader(trainer, self._loader_states, ranks[trainer.global_rank], streams, epoch_has_ended)
+        trainer.fit_loop._last_train_dl_reload_epoch = self._restored["reloaded"]
+        self._loader_states = []
         self._before_validation = ranks[trainer.global_rank]  # of the one that was due when the checkpoint was saved
         self._restored = None
 
@@ -175,22 +184,24 @@ def _generators(trainer: L.Trainer) -> list[torch.Generator]:
 
 
 def _restore_loader(
-    trainer: L.Trainer, random_state: dict[str, Any], streams: Sequence[torch.Tensor], epoch_has_ended: bool
+    trainer: L.Trainer,
+    states: list[Any],
+    random_state: dict[str, Any],
+    streams: Sequence[torch.Tensor],
+    epoch_has_ended: bool,
 ) -> None:
     fit = trainer.fit_loop
     loader, fetcher = fit._combined_loader, fit._data_fetcher
     assert loader is not None
     assert fetcher is not None
-    # Lightning passes the loader's state on only within an epoch, and only when it sets the loader up after loading the
-    # checkpoint (it does so earlier when configure_optimizers asks for estimated_stepping_batches).
-    loader._load_state_dicts(fit._combined_loader_states_to_load)
-    fit._combined_loader_states_to_load = []
     for part in loader.flattened:
         _set_sampler_epoch(part, trainer.current_epoch)
+    fit._combined_loader_states_to_load = []
+    loader._load_state_dicts(states)
     # A new iterator of a DataLoader draws a seed: before the saved moment if that lies within an epoch, else after it.
     within_epoch = fit.epoch_loop.batch_progress.current.ready > 0 and not epoch_has_ended
-    if within_epoch:
-        iter(fetcher)
+    if within_epoch or states:
+        iter(fetcher)  # at an epoch's end the loaded state is that of an iterator that has ended
     _set_random_state(random_state)
     for generator, state in zip(_generators(trainer), streams, strict=False):  # there may be others now
         generator.set_state(state.cpu())

@@ -35,7 +35,11 @@ EVALUATION = evaluation_loop._EvaluationLoop
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        (FIT, "restarted_on_epoch_end resumed_on_epoch_end restarted_mid_epoch reset_restart_stage _should_accumulate"),
+        (
+            FIT,
+            "restarted_on_epoch_end resumed_on_epoch_end restarted_mid_epoch reset_restart_stage _should_accumulate "
+            "is_resuming",
+        ),
         (
             EPOCH,
             "restarted_on_train_batch_end update_lr_schedulers reset_restart_stage _should_check_val_epoch "
@@ -58,7 +62,11 @@ def test_lightning_still_has_the_names_that_are_used(owner, names):
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        (FIT, "_data_fetcher _combined_loader _combined_loader_states_to_load epoch_progress epoch_loop"),
+        (
+            FIT,
+            "_data_fetcher _combined_loader _combined_loader_states_to_load epoch_progress epoch_loop "
+            "_last_train_dl_reload_epoch",
+        ),
         (EPOCH, "batch_progress val_loop _restart_stage"),
         (EVALUATION, "_has_run _restart_stage"),
         (_Loop, "_restarting"),

@@ -9,10 +9,25 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from conformance.harness import BATCH, Run, Saved, SaveEverywhere, SaveNowhere, TinyModule, differences, fit, samples
+from conformance.harness import (
+    BATCH,
+    PlainModule,
+    Run,
+    Saved,
+    SaveEverywhere,
+    SaveNowhere,
+    TinyModule,
+    differences,
+    fit,
+    loaders,
+    samples,
+)
 from conformance.methods import METHODS, every_method
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader, TensorDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from sparsetrain.data import InMemoryLoader
 
 Make = Callable[[], list[L.Callback]]
 
@@ -139,6 +154,11 @@ class TestPlainDataLoader:
     def test_it_resumes_bit_identically_at_epoch_ends(self, tmp_path):
         assert not resume_everywhere(tmp_path, gradual, data=plain_data, moments=lambda saved: saved.batches % 5 == 0)
 
+    @pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("rounds", "soup")], ids=lambda m: m.name)
+    def test_rounds_resume_bit_identically_at_their_ends(self, tmp_path, method):
+        at_ends = partial(resume_everywhere, tmp_path, lambda: [method.make()], data=plain_data)
+        assert not at_ends(moments=lambda saved: saved.batches % 5 == 0)
+
     def test_the_run_says_once_that_it_does_so_at_epoch_ends_only(self, caplog):
         with caplog.at_level("INFO"):
             fit(*gradual(), data=plain_data())
@@ -149,6 +169,40 @@ class TestPlainDataLoader:
         fit(*gradual(), saver, data=plain_data())
         with pytest.warns(UserWarning, match="your dataloader is not resumable"):
             fit(*gradual(), data=plain_data(), ckpt_path=saver.saved[1].path)
+
+
+def stateful_data() -> dict[str, Any]:
+    data = plain_data()
+    return data | {"train_dataloaders": StatefulDataLoader(data["train_dataloaders"].dataset, BATCH, shuffle=True)}
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers", "ignore:'set_vital' is deprecated")
+def test_with_a_loader_that_says_which_batch_comes_next_each_checkpoint_resumes_bit_identically(tmp_path):
+    found = resume_everywhere(tmp_path, gradual, data=stateful_data)
+    assert found.keys() <= {"saving"}  # asking this loader for its state draws random numbers
+
+
+class Reloading(PlainModule):
+    """Has other data every second epoch."""
+
+    def train_dataloader(self) -> InMemoryLoader:
+        images, labels = samples()
+        return InMemoryLoader(images.roll(self.current_epoch, 0), labels, batch_size=BATCH, mean=[128.0], std=[64.0])
+
+
+def test_loaders_are_made_again_in_the_same_epochs(tmp_path):
+    data = {"val_dataloaders": loaders()["val_dataloaders"]}
+
+    def train(*callbacks: L.Callback, ckpt_path: Path | None = None) -> Run:
+        settings: dict[str, Any] = {"max_epochs": 6, "reload_dataloaders_every_n_epochs": 2}
+        return fit(*gradual(), *callbacks, make=Reloading, data=data, ckpt_path=ckpt_path, **settings)
+
+    saver = SaveEverywhere(tmp_path)
+    full = train(saver)
+    ends = [saved for saved in saver.saved if saved.moment == "epoch"]
+    for saved in ends[:-1]:
+        part = train(SaveNowhere(), ckpt_path=saved.path)
+        assert not list(resumed_differences(full, part, saved)), saved
 
 
 def test_a_resumable_loader_is_not_mentioned(caplog):

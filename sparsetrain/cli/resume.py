@@ -11,7 +11,7 @@ from sparsetrain.cli.artifacts import CONFIG, SUMMARY, write_whole
 
 CHECKPOINT = Path("checkpoints", "last.ckpt")
 # What a run may be resumed with otherwise: its place, and what is not trained.
-_MAY_DIFFER = frozenset({"name", "ckpt_path", "resume", "optimized_metric", "output_dir", "logger", "callbacks"})
+_MAY_DIFFER = frozenset({"name", "ckpt_path", "resume", "optimized_metric", "output_dir", "logger"})
 
 
 def take_up(cfg: DictConfig, folder: Path) -> dict[str, float] | None:
@@ -91,5 +91,6 @@ def _values(cfg: Any) -> dict[str, Any]:
 
     container = OmegaConf.to_container(cfg)
     assert isinstance(container, dict)
+    (container.get("callbacks") or {}).pop("checkpoint", None)  # when it saves, and where
     add({key: node for key, node in container.items() if key not in _MAY_DIFFER}, "")
     return values

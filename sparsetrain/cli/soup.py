@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -135,6 +136,24 @@ def soup(folder: Path, overrides: Sequence[str], *, retries: int = 1, without_de
     write_json(folder / SUMMARY, summary)
 
 
+def _run(command: Sequence[str]) -> None:
+    """Run a program, and let it end with this one if that is told to end."""
+    received: list[int] = []
+    with subprocess.Popen(command) as process:
+
+        def pass_on(number: int, frame: object) -> None:
+            received.append(number)
+            process.send_signal(number)
+
+        before = signal.signal(signal.SIGTERM, pass_on)
+        try:
+            process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if received:
+        sys.exit(128 + received[0])
+
+
 def _train(
     folder: Path, number: int, method: SparseModelSoup, overrides: Sequence[str], *, retries: int, without_dead: bool
 ) -> list[Path]:
@@ -148,7 +167,7 @@ def _train(
             start = [f"ckpt_path={_quoted(before)}"] if before.exists() else []
             place = [f"hydra.sweep.dir={_quoted(phase / rounds.INGREDIENTS)}", "hydra.sweep.subdir=${method.only.1}"]
             own = [f"method.only={jobs}", "trainer.max_epochs=-1", "resume=true", *start, *place]
-            subprocess.run([sys.executable, "-m", "sparsetrain.cli.train", "-m", *overrides, *own], check=False)
+            _run([sys.executable, "-m", "sparsetrain.cli.train", "-m", *overrides, *own])
     alive = [path for path in folders.values() if is_complete(path)]
     dead = [str(path) for path in folders.values() if path not in alive]
     if dead and not (alive and without_dead):

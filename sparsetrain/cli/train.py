@@ -6,6 +6,7 @@ import os
 import pickle
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -24,6 +25,7 @@ from hydra.types import RunMode
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,13 +56,16 @@ def main() -> None:
     """The program: compose the configuration from the command line, and train, once for each job of a sweep."""
     # Processes that a distributed run starts inherit the stamp, and with it the run's folder.
     os.environ.setdefault("SPARSETRAIN_STAMP", datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f"))
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        _main()
-        return
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints a traceback, and not always the error that matters
     try:
         _main()
+    except SIGTERMException:
+        print("Stopped by SIGTERM. With resume=true it goes on from its last checkpoint.", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
     except BAD_INPUT as error:
+        if wants_traceback:
+            raise
         sys.exit(message(error))
 
 
@@ -298,6 +303,8 @@ def _callbacks(
 
 def _begin_logs(cfg: DictConfig, folder: Path, loggers: list[Logger], earlier: Mapping[str, Any] | None) -> None:
     """Write the resolved configuration to the folder and the loggers; go on with what a resumed run has written."""
+    if earlier is None:
+        _forget_other_run(folder)
     resume.write_config(cfg, folder)
     for logger in loggers:
         logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]  # cfg is a dict
@@ -307,6 +314,16 @@ def _begin_logs(cfg: DictConfig, folder: Path, loggers: list[Logger], earlier: M
         done = Path(cfg.ckpt_path).absolute().parent.parent / rounds.FOLDER
         if done.is_dir() and done.parent != folder:
             shutil.copytree(done, folder / rounds.FOLDER, dirs_exist_ok=True)
+
+
+def _forget_other_run(folder: Path) -> None:
+    """Remove what a run that begins anew in this folder would pass off as its own: the results first."""
+    files = (artifacts.SUMMARY, resume.CHECKPOINT, artifacts.MODEL, artifacts.MASKS, artifacts.SPARSITY)
+    pictures = (artifacts.PICTURE, artifacts.GATES, rounds.PICTURE, rounds.SOUPS_PICTURE)
+    for name in (*files, *pictures, rounds.TABLE, rounds.SOUPS, rounds.TICKET):
+        (folder / name).unlink(missing_ok=True)
+    for name in (rounds.FOLDER, shrunk.FOLDER):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _close(loggers: list[Logger]) -> None:

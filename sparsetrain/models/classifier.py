@@ -132,8 +132,15 @@ class Classifier(L.LightningModule):
         self._log_accuracies(self.test_metrics)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over the trainable parameters, and its learning-rate policy."""
-        optimizer = self.optimizer(self._parameter_groups())
+        """The optimizer over the trainable parameters, and its learning-rate policy.
+
+        Raises:
+            ValueError: the optimizer has no such setting.
+        """
+        try:
+            optimizer = self.optimizer(self._parameter_groups())
+        except TypeError as error:
+            raise ValueError(f"The optimizer refuses its settings: {error}. Change optim.*.") from error
         policy = self.lr_policy
         if policy is None:
             return optimizer

@@ -3,9 +3,12 @@
 import csv
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,8 +66,22 @@ class InProcess:
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch) -> InProcess:
     runner = InProcess()
-    monkeypatch.setattr(command, "subprocess", SimpleNamespace(run=runner))
+    monkeypatch.setattr(command, "_run", runner)
     return runner
+
+
+@pytest.mark.slow
+def test_a_soup_that_is_told_to_end_ends_its_training(tmp_path: Path) -> None:
+    child = "import pathlib, time; pathlib.Path('begun').touch(); time.sleep(60)"
+    parent = f"import sys; from sparsetrain.cli.soup import _run; _run([sys.executable, '-c', {child!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path) as process:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.terminate()
+        assert process.wait() == 128 + signal.SIGTERM
+    assert children
+    assert not any(Path(f"/proc/{number}").exists() for number in children)
 
 
 def same_rounds(one: Path, other: Path) -> None:

@@ -3,16 +3,19 @@
 import csv
 import json
 import math
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 
@@ -117,6 +120,30 @@ def test_the_configuration_is_left_resolved_with_the_facts_of_the_dataset(sparse
     assert "${" not in text
     assert cfg.data == {"num_classes": 3, "input_shape": [1, 4, 4], "channels": 1, "image_size": 4}
     assert cfg.module.network == cfg.model
+
+
+def test_a_run_that_begins_anew_in_a_used_folder_leaves_nothing_of_the_other_one(
+    sparse: Config, dense: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(sparse())
+    folder = tmp_path / "run"
+    (folder / "rounds" / "3").mkdir(parents=True)
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sparsetrain.cli.train._fit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train(dense())
+    assert files(folder) <= {"checkpoints", "config.yaml", "metrics.csv"}
+    assert not (folder / "checkpoints" / "last.ckpt").exists()
+
+
+def test_an_optimizer_may_be_chosen_for_a_recipe_and_says_which_settings_it_has_not(dense: Config) -> None:
+    assert train(dense("optim=adamw", "trainer.max_epochs=1"))
+    with pytest.raises(ValueError, match=r"^The optimizer refuses its settings: .*momentum.*Change optim"):
+        train(dense("optim=adamw", "+optim.momentum=0.9"))
 
 
 def test_a_dense_run_leaves_everything_but_the_sparsity_files(dense: Config, tmp_path: Path) -> None:
@@ -363,6 +390,19 @@ def test_processes_that_share_the_stamp_share_the_run_folder(command: Callable[.
     assert files(run) >= {".hydra", "config.yaml", "summary.json"}
     summary = json.loads((run / "summary.json").read_text())
     assert summary["overrides"] == [*TINY, "trainer.fast_dev_run=true"]
+
+
+def test_a_run_that_is_told_to_end_has_the_exit_status_of_its_signal(
+    command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*_: Any, **__: Any) -> None:
+        raise SIGTERMException
+
+    monkeypatch.setattr("sparsetrain.cli.train._fit", told)
+    with pytest.raises(SystemExit) as end:
+        command(*TINY)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert "With resume=true it goes on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -414,3 +414,31 @@ def test_a_soup_of_pruned_networks_has_their_sparsity_and_loads_into_the_network
 def test_members_in_channels_last_are_averaged_as_others():
     members = [{"w": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last)} for _ in range(3)]
     assert torch.equal(running(members)["w"], uniform(members)["w"])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"w": torch.zeros(2, 3)}, r"'n' is not in all members"),
+        (
+            {"w": torch.zeros(3, 2), "n": torch.tensor(1)},
+            r"'w' has shape \(3, 2\) in this member and",
+        ),
+        ({"w": torch.full((2, 3), torch.nan), "n": torch.tensor(1)}, r"The mean of 'w' is not finite: a member has"),
+        ({"w": torch.zeros(2, 3), "n": torch.tensor(2)}, r"'n' is of int64 and differs between members"),
+    ],
+)
+def test_a_running_mean_refuses_a_member_and_stays_as_it_was(bad, message):
+    mean = RunningMean()
+    for value in (1.0, 3.0):
+        mean.add({"w": torch.full((2, 3), value), "n": torch.tensor(1)})
+    with pytest.raises(ValueError, match=message):
+        mean.add(bad)
+    assert mean.count == 2
+    mean.add({"w": torch.full((2, 3), 5.0), "n": torch.tensor(1)})
+    assert torch.equal(mean.tensors["w"], torch.full((2, 3), 3.0))
+
+
+def test_a_running_mean_refuses_a_first_member_that_has_diverged():
+    with pytest.raises(ValueError, match="a member has diverged"):
+        RunningMean().add({"w": torch.tensor([torch.nan])})

@@ -293,7 +293,12 @@ def _count_flops_by_parameter(
 
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, compiled code or fused attention; puts the module's state back at the end."""
+    """Evaluation mode without gradients, compiled code or fused attention; puts the module's state back at the end.
+
+    No parameter requires a gradient meanwhile: the counter hooks inputs that do, and a view of a parameter that is made
+    without gradients says so and has no graph.
+    """
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     training = {child: child.training for child in module.modules()}
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
@@ -306,8 +311,12 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
             # The fast path is one fused operation that the counter has no formula for.
             torch.backends.mha.set_fastpath_enabled(False)
             module.eval()
+            for parameter in trainable:
+                parameter.requires_grad_(False)
             yield
         finally:
+            for parameter in trainable:
+                parameter.requires_grad_(True)
             torch.backends.mha.set_fastpath_enabled(fast_attention)
             for child, flag in training.items():
                 child.training = flag

@@ -84,8 +84,10 @@ class RunningMean:
         """Take in a member with the names and shapes of the others.
 
         Raises:
-            ValueError: as `uniform`: a mean that is not finite, or integers that differ.
+            ValueError: as `uniform`: other names or shapes, a mean that is not finite, or integers that differ. Then
+                the mean is that of the members before.
         """
+        self._check(member)
         self.count += 1
         for name, tensor in member.items():
             if self.count == 1:
@@ -98,6 +100,25 @@ class RunningMean:
                     _take_in_(mean[part], name, [piece[part]], self.count)
                 else:
                     mean[part] = _merge(name, (mean[part], piece[part]))
+
+    def _check(self, member: Mapping[str, Tensor]) -> None:
+        before = self.tensors if self.count else member
+        if differing := sorted(before.keys() ^ member.keys()):
+            raise ValueError(f"{differing[0]!r} is not in all members. Average networks of one architecture.")
+        for name in member:
+            mean, tensor = (members[name].detach().cpu() for members in (before, member))
+            if tensor.shape != mean.shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(tensor.shape)} in this member and {tuple(mean.shape)} in those before. "
+                    "Average networks of one architecture."
+                )
+            if not mean.is_floating_point():
+                _merge(name, (mean, tensor))
+            elif not (_is_finite(mean) and _is_finite(tensor)):
+                # But for infinities that all hold; NaN is unlike itself.
+                unlike = ~(tensor.isfinite() & mean.isfinite()) & (_as(mean.dtype, tensor) != mean)
+                if bool(unlike.any()):
+                    raise _diverged(name)
 
 
 def _write_mean_(out: Tensor, name: str, pieces: Iterable[Tensor]) -> None:
@@ -126,7 +147,11 @@ def _take_in_(mean: Tensor, name: str, pieces: Iterable[Tensor], first: int) -> 
     if not _is_finite(mean):
         right = mean.isfinite() if infinite is None else mean.isfinite() | (infinite & mean.isinf())
         if not bool(right.all()):
-            raise ValueError(f"The mean of {name!r} is not finite: a member has diverged. Leave it out.")
+            raise _diverged(name)
+
+
+def _diverged(name: str) -> ValueError:
+    return ValueError(f"The mean of {name!r} is not finite: a member has diverged. Leave it out.")
 
 
 def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:

@@ -281,3 +281,21 @@ def test_a_report_is_json_and_says_the_same():
 def test_masks_of_another_network_are_refused(masks, message):
     with pytest.raises(ValueError, match=message):
         measure(LeNet300100(input_shape=(1, 8, 8)), masks)
+
+
+class Query(nn.Module):
+    """Gives a view of a parameter to a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latents, self.layer = nn.Parameter(torch.ones(1, 2, 8)), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.latents.expand(len(x), -1, -1))
+
+
+def test_a_view_of_a_parameter_as_input_is_counted():
+    net = Query()
+    net.layer.bias.requires_grad_(False)
+    assert measure(net, {}, torch.zeros(1, 8)).dense_flops == 2 * 2 * 8 * 4
+    assert [p.requires_grad for p in net.parameters()] == [True, True, False]

@@ -70,6 +70,14 @@ class Allocation(ABC):
             Counts that add up to `kept`, between the floor and the available ones in each tensor.
 
         Raises:
+            ValueError: as `check`.
+        """
+        return self._divide(candidates, kept, self.check(candidates, kept))
+
+    def check(self, candidates: Candidates, kept: int) -> list[int]:
+        """How many weights each tensor keeps at least, if `kept` are kept in all; without a look at scores.
+
+        Raises:
             ValueError: the floors alone exceed `kept`.
         """
         low = [min(self._floor(candidates), available) for available in candidates.available]
@@ -81,7 +89,7 @@ class Allocation(ABC):
                 f"tensors. The largest sparsity that leaves them is {limit}: lower the sparsity or the floor, or "
                 "exclude tensors."
             )
-        return self._divide(candidates, kept, low)
+        return low
 
     def _floor(self, candidates: Candidates) -> int:
         return self.floor

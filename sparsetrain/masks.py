@@ -101,8 +101,10 @@ class Masks(Mapping[str, Tensor]):
         )
         names = [row.name for row in self.plan if row.pruned]
         self._owners = {name: _owner(module, name) for name in names}
-        everywhere = list(module.named_parameters(remove_duplicate=False))
-        self._aliases = {name: [n for n, p in everywhere if p is self.parameter(name)] for name in names}
+        names_of: dict[int, list[str]] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            names_of.setdefault(id(parameter), []).append(name)
+        self._aliases = {name: names_of[id(self.parameter(name))] for name in names}
         for name in names:
             _check_real(self.parameter(name), name)
             self.pruning.pattern.reachable(self.parameter(name).shape, 0)  # raises where the pattern does not fit
@@ -137,6 +139,18 @@ class Masks(Mapping[str, Tensor]):
         self._check_bound()
         return 1.0 - sum(self._kept.values()) / self.total if self.total else 0.0
 
+    def check(self, sparsity: float) -> None:
+        """Raise now if `update` would refuse this sparsity, of weights none of which is pruned.
+
+        Raises:
+            ValueError: no sparsity, or floors that exceed what is kept.
+            RuntimeError: not bound.
+        """
+        check_sparsity(sparsity, "sparsity")
+        self._check_bound()
+        candidates = Candidates([mask.shape for mask in self.values()], [mask.numel() for mask in self.values()], [])
+        self.pruning.allocation.check(candidates, self._left(sparsity))
+
     @torch.no_grad()
     def update(self, sparsity: float, *, regrow: bool = False, step: int = 0, trial: bool = False) -> Update:
         """Make new masks, of exactly the sparsity asked for: n - floor(sparsity * n + 0.5) of n weights are kept.
@@ -158,7 +172,7 @@ class Masks(Mapping[str, Tensor]):
         """
         check_sparsity(sparsity, "sparsity")
         self._check_bound()
-        asked, present = self.total - math.floor(sparsity * self.total + 0.5), sum(self._kept.values())
+        asked, present = self._left(sparsity), sum(self._kept.values())
         if not regrow and asked > max(self._asked, present):
             raise ValueError(
                 f"Sparsity {sparsity} lies below the present {self.sparsity():.6f}, but pruned weights do not come "
@@ -312,6 +326,9 @@ class Masks(Mapping[str, Tensor]):
             replace(row, shape=tuple(len(kept.get(row.name, {}).get(i, range(n))) for i, n in enumerate(row.shape)))
             for row in self.plan
         )
+
+    def _left(self, sparsity: float) -> int:
+        return self.total - math.floor(sparsity * self.total + 0.5)
 
     def _check_bound(self) -> None:
         if not self._masks:

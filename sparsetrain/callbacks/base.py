@@ -151,6 +151,9 @@ class SparsityCallback(L.Callback, ABC):
         self.prepare(trainer)
         self.take_hold(trainer, pl_module)
         self._final_step = self.final_step()
+        final = None if self._final_step is None else self.target(self._final_step)
+        if final is not None:
+            self.masks.check(final)
         if self._final_step is not None and not self.at_target:
             self._held_back = HeldBackCheckpoints(callbacks_of(trainer))
             if self._held_back:
@@ -169,14 +172,28 @@ class SparsityCallback(L.Callback, ABC):
         else:
             self._restore(self._restored)
         self._follower = ZeroFollower(
-            self.masks, trainer.optimizers, check=self.check, first_step=self.step, on_step=self._count_step
+            self.masks,
+            trainer.optimizers,
+            check=self.check,
+            first_step=self.step,
+            on_step=self._count_step,
+            gradients_change=_writes_gradients(pl_module),
         )
+        self._warn_of_untrained(self._follower.followed)
         if len(trainer.optimizers) > 1 or not pl_module.automatic_optimization:
             counted = self._follower.counted
             rank_zero_info(
                 f"Steps are those of optimizer {trainer.optimizers.index(counted)} ({type(counted).__name__})."
             )
         self.apply()
+
+    def _warn_of_untrained(self, followed: set[str]) -> None:
+        """Tell of parameters with a mask that are not among those `followed` in optimizers."""
+        if untrained := [name for name in self.masks if name not in followed]:
+            rank_zero_warn(
+                f"{untrained[0]!r} ({len(untrained)} of {len(self.masks)} parameters with a mask) is in no optimizer "
+                "now and is pruned all the same. If it is a teacher's or a metric's, add it to `exclude` of `where`."
+            )
 
     def read_masks(self) -> None:
         """Bring `masks` up to date, where they follow from the weights; elsewhere they are."""
@@ -235,8 +252,8 @@ class SparsityCallback(L.Callback, ABC):
         logged = {"epoch": trainer.current_epoch, **facts, **actual}
         if logged != self._logged:
             self._logged = logged
-            pl_module.log_dict(actual, prog_bar=True)
-            pl_module.log_dict(facts)
+            pl_module.log_dict(actual, prog_bar=True, batch_size=1)
+            pl_module.log_dict(facts, batch_size=1)  # a step that reads its batches by itself has none
 
     def facts(self) -> dict[str, float]:
         """What is logged beside the sparsity, whenever it changes."""
@@ -372,3 +389,9 @@ class SparsityCallback(L.Callback, ABC):
         grads = {name: grad for name, grad in found.items() if grad is not None and grad.numel()}
         norms = torch._foreach_norm(list(grads.values()), math.inf) if grads else []
         return next((name for name, norm in zip(grads, norms, strict=True) if not math.isfinite(float(norm))), None)
+
+
+def _writes_gradients(pl_module: L.LightningModule) -> bool:
+    """Whether the module has hooks of its own that run after the callbacks' and before the step."""
+    hooks = ("on_before_optimizer_step", "configure_gradient_clipping")
+    return any(getattr(type(pl_module), hook) is not getattr(L.LightningModule, hook) for hook in hooks)

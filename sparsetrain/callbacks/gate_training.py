@@ -140,7 +140,7 @@ class GateTraining:
 
     def _penalties(self, pl_module: L.LightningModule, batch: Any, outputs: Any) -> dict[str, Tensor]:
         means = mean_gates(self._last_logits(), mean_over_ranks=lambda mean: self._reduce(mean, "mean"))
-        pl_module.log("gates/open", torch.cat(list(means.values())).detach().mean())
+        pl_module.log("gates/open", torch.cat(list(means.values())).detach().mean(), batch_size=1)
         return self._terms(means)
 
     def _last_logits(self) -> dict[str, Tensor]:

@@ -88,7 +88,11 @@ def gated_layers(module: nn.Module, found: Sequence[Unit], where: Selection) -> 
     names = {part: name for name, part in module.named_modules()}
     heads = {names[attention.qkv]: name for name, attention in attentions(module)}
     layers, obstacles = [], []
-    for name in (weight.removesuffix(".weight") for weight in chosen):
+    for weight in chosen:
+        name, _, attribute = weight.rpartition(".")
+        if attribute != "weight":
+            obstacles.append(f"{weight!r}: it is not the weight of a layer")
+            continue
         group = groups.get(heads.get(name, name), [])
         obstacle = _obstacle(module, name, group, is_attention=name in heads)
         if obstacle:

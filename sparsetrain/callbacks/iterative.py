@@ -33,7 +33,8 @@ class IterativeMagnitudePruning(SparsityCallback):
     `dense_length + rounds * (round_length - rewind_to)` long, or has `max_epochs=-1` and takes this length. While the
     module configures its optimizers it sees the length of its schedule alone: that of the dense phase or, without one,
     of a round. In epochs, the order and augmentation of data (of loaders that have `reseed`) and the random
-    numbers of each round are functions of the run's seed and the round.
+    numbers of each round are functions of the run's seed and the round. Learning rates are those of schedulers: what a
+    module sets by itself, from `current_epoch` or `global_step`, does not begin anew with a round.
 
     ======================================  ==========  ==========  ===============
     the literature's name                   `weights`   `retrain`   `optimizer_state`
@@ -206,6 +207,12 @@ class IterativeMagnitudePruning(SparsityCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         resumed = self._restored is not None
         super().on_train_start(trainer, pl_module)
+        if self._restored is not None and self._restored["plan"] != self._plan():
+            raise ValueError(
+                f"The run was saved with {self._restored['plan']}, and cannot go on with {self._plan()}. Resume a run "
+                "with its own settings."
+            )
+        self.masks.check(self.sparsities[-1])
         self._rates.check(trainer, pl_module, self.rounds, self.run.steps_per_epoch or 1)
         if not resumed:
             self._seed = trainer.strategy.broadcast(torch.initial_seed())
@@ -218,12 +225,19 @@ class IterativeMagnitudePruning(SparsityCallback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
+        steps = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        if steps != self.run.steps_per_epoch and not is_fast_dev_run(trainer):
+            raise ValueError(
+                f"Epoch {trainer.current_epoch} has {steps} optimizer steps, and the first one has had "
+                f"{self.run.steps_per_epoch}: rounds are counted in epochs of one length. Set limit_train_batches."
+            )
         leg = self.rounds.at(trainer.current_epoch * (self.run.steps_per_epoch or 0))
         if leg:
             self._reseed_loaders(trainer, leg)  # each epoch: the Trainer may have made new loaders
         if leg > self.leg:
             _seed_all(derive_seed(self._seed, *self.stream(leg), trainer.global_rank))  # before an iterator draws
             if trainer.fit_loop.is_resuming:
+                assert trainer.fit_loop._data_fetcher is not None
                 iter(trainer.fit_loop._data_fetcher)  # its iterator has been made, and Lightning makes no other one
 
     def on_train_batch_start(
@@ -254,6 +268,7 @@ class IterativeMagnitudePruning(SparsityCallback):
             "snapshot": None if self._snapshot is None else dict(self._snapshot.tensors),
             "optimizers": None if self._optimizers is None else self._optimizers.packed(self.masks),
             "rates": self._rates.state_dict(),
+            "plan": self._plan(),
         }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -301,6 +316,18 @@ class IterativeMagnitudePruning(SparsityCallback):
         optimizers = state["optimizers"]
         self._optimizers = None if optimizers is None else OptimizerSnapshot.unpacked(optimizers, self.masks)
         self._rates.load_state_dict(state["rates"])
+
+    def _plan(self) -> dict[str, Any]:
+        """What a resumed run has to share."""
+        rounds = self.rounds
+        return {
+            "rounds": rounds.count,
+            "steps": [rounds.dense, rounds.length, rounds.rewind_to],
+            "sparsities": list(self.sparsities),
+            "weights": self.weights,
+            "optimizer_state": self.optimizer_state,
+            "retrain": repr(self.retrain),
+        }
 
     def _check_lengths(self) -> None:
         lengths = self._lengths

@@ -200,6 +200,7 @@ class NMTraining(SparsityCallback):
         self._check_owner(trainer)
         on_step = partial(self._after_counted_step, trainer, pl_module)
         self._optimizers = MasterFollower(self.masks, trainer.optimizers, on_move=self.apply, on_step=on_step)
+        self._warn_of_untrained(self._optimizers.followed)
         self._check_decay(trainer, pl_module)
         if self.decay:
             clip = ClipThenDecay(pl_module.configure_gradient_clipping, self._add_decay)

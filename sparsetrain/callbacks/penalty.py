@@ -98,7 +98,7 @@ class _PenalizedStep:
                 values[name] = value.reshape(())
                 loss = loss + values[name]
         logged = {f"penalty/{name}": value.detach() for name, value in values.items()}
-        self.added[0].pl_module.log_dict(logged)
+        self.added[0].pl_module.log_dict(logged, batch_size=1)
         return {**outputs, "loss": loss} if isinstance(outputs, Mapping) else loss
 
     def __getstate__(self) -> dict[str, Any]:

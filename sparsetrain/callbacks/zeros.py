@@ -1,6 +1,7 @@
 """Keeping pruned weights at zero through the steps of whatever optimizers hold them."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ class ZeroFollower(OptimizerFollower):
         check: "off", "cheap" (one tensor a step, in turn) or "full".
         first_step: the number of the step to come.
         on_step: called after each step of `counted`.
+        gradients_change: whether something may write gradients after those of pruned weights were zeroed, as hooks of
+            a module that run after the callback's: then they are zeroed again before the step.
 
     Raises:
         ValueError: no optimizer holds a pruned weight.
@@ -35,8 +38,9 @@ class ZeroFollower(OptimizerFollower):
         check: str,
         first_step: int,
         on_step: Callable[[], None],
+        gradients_change: bool = False,
     ) -> None:
-        self._check, self._steps = check, first_step
+        self._check, self._steps, self._gradients_change = check, first_step, gradients_change
         self._probes: dict[str, Probe] = {}
         self._verdicts: list[tuple[int, str, Tensor]] = []
         super().__init__(masks, optimizers, what="pruned weights", on_step=on_step)
@@ -85,6 +89,24 @@ class ZeroFollower(OptimizerFollower):
                 if kind not in probes:
                     probes[kind] = probe_optimizer(optimizer, parameter)
                 self._probes[name] = probes[kind]
+
+    def begins(
+        self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        super().begins(optimizer, arguments, settings)
+        if not self._gradients_change:
+            return None
+        closure = settings.get("closure")
+        if closure is None:
+            self.masks.zero_grads_(self.pruned(optimizer))
+            return None
+
+        def zeroed() -> Any:
+            loss = closure()
+            self.masks.zero_grads_(self.pruned(optimizer))
+            return loss
+
+        return arguments, settings | {"closure": zeroed}
 
     def moved(self, optimizer: Optimizer) -> None:
         names = self.pruned(optimizer)

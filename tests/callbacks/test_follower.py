@@ -31,10 +31,63 @@ class Backbone(PlainModule):
 def test_parameters_that_come_into_an_optimizer_during_training_stay_pruned():
     thawing = BackboneFinetuning(1, lambda epoch: 1.0, backbone_initial_lr=0.1, verbose=False)
     watch = Watch()
-    run = fit(thawing, GradualMagnitudePruning(OneShot(0.8), check="full"), watch, make=Backbone)
+    with pytest.warns(UserWarning, match=r"^'body.0.weight' \(2 of 3 parameters with a mask\) is in no optimizer now"):
+        run = fit(thawing, GradualMagnitudePruning(OneShot(0.8), check="full"), watch, make=Backbone)
     assert len(run.trainer.optimizers[0].param_groups) > 1
     assert run.callback.step == STEPS
     assert watch.seen["step"] == 3 * STEPS
+
+
+class AddsNoise(PlainModule):
+    """Writes all gradients after the callbacks have had their turn."""
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self.parameters():
+            parameter.grad.add_(torch.randn_like(parameter))
+
+
+class ClipsWithNoise(PlainModule):
+    """The same in another hook."""
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *arguments: Any, **settings: Any) -> None:
+        for parameter in self.parameters():
+            parameter.grad.add_(torch.randn_like(parameter))
+
+
+class NoiseByHand(AddsNoise):
+    """The same under manual optimization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", [AddsNoise, ClipsWithNoise, NoiseByHand])
+def test_gradients_that_the_module_writes_last_revive_nothing(make):
+    watch = Watch()
+    run = fit(GradualMagnitudePruning(OneShot(0.8), check="full"), watch, make=make)
+    assert watch.seen["step"] == 3 * STEPS
+    assert run.callback.masks.sparsity() == pytest.approx(0.8, abs=1e-3)
+
+
+class ReadsBatches(PlainModule):
+    """Takes its batches from the iterator."""
+
+    def training_step(self, dataloader_iter: Any) -> torch.Tensor:
+        (images, labels), _, _ = next(dataloader_iter)
+        return torch.nn.functional.cross_entropy(self(images), labels)
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_a_step_that_reads_its_batches_by_itself_is_followed():
+    run = fit(GradualMagnitudePruning(OneShot(0.8), check="full"), make=ReadsBatches)
+    assert run.callback.step == STEPS
 
 
 @pytest.mark.parametrize("moving", [False, True], ids=["preserving_zeros", "moving_zeros"])

@@ -3,12 +3,23 @@ from typing import Any
 
 import pytest
 from callbacks.recording import imp, recorded
-from conformance.harness import PlainModule, TinyModule, fit, loaders, make_trainer
+from conformance.harness import PlainModule, SaveEverywhere, TinyModule, Trace, fit, loaders, make_trainer, samples
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.optim import Optimizer, lr_scheduler
 
-from sparsetrain import AdaptiveLR, LastLR, Magnitude, Pruning, ReplayLR, Saliency
+from sparsetrain import (
+    AdaptiveLR,
+    Global,
+    GradualMagnitudePruning,
+    LastLR,
+    Magnitude,
+    OneShot,
+    Pruning,
+    ReplayLR,
+    Saliency,
+)
+from sparsetrain.data import InMemoryLoader
 
 
 class Manual(TinyModule):
@@ -149,6 +160,41 @@ def test_a_loader_without_a_length_is_refused():
 def test_a_trainer_of_another_length_or_unit_is_told_the_right_one(callback, settings, message):
     with pytest.raises(ValueError, match=message):
         fit(callback, **settings)
+
+
+class Growing(PlainModule):
+    """Has more data from its second epoch on."""
+
+    def train_dataloader(self) -> InMemoryLoader:
+        images, labels = samples()
+        count = 24 if self.current_epoch == 0 else 40
+        return InMemoryLoader(images[:count], labels[:count], batch_size=8, mean=[128.0], std=[64.0])
+
+
+@pytest.mark.parametrize(
+    "other", [{"sparsity": 0.9}, {"weights": "rewind"}, {"optimizer_state": "reset"}, {"retrain": LastLR()}], ids=str
+)
+def test_a_run_is_not_resumed_with_other_rounds(tmp_path, other):
+    saver = SaveEverywhere(tmp_path)
+    fit(imp(2, "1ep"), saver, max_epochs=3, make=PlainModule)
+    with pytest.raises(ValueError, match=r"The run was saved with \{'rounds': 2, .* with its own settings"):
+        fit(imp(2, "1ep", **other), max_epochs=3, make=PlainModule, ckpt_path=saver.saved[8].path)
+
+
+def test_epochs_of_two_lengths_are_refused():
+    data = {"val_dataloaders": loaders()["val_dataloaders"]}
+    with pytest.raises(ValueError, match=r"Epoch 1 has 5 optimizer steps, and the first one has had 3: rounds are"):
+        fit(imp(2, "1ep"), max_epochs=3, make=Growing, data=data, reload_dataloaders_every_n_epochs=1)
+
+
+def test_a_sparsity_that_floors_exclude_is_refused_before_the_first_step():
+    pruning = Pruning(allocation=Global(floor_share=0.1))
+    gradual = GradualMagnitudePruning(OneShot(0.95), pruning=pruning)
+    for callback in (imp(2, "1ep", sparsity=0.95, pruning=pruning), gradual):
+        trace = Trace()
+        with pytest.raises(ValueError, match=r"keeps at least .* The largest sparsity that leaves them is"):
+            fit(callback, trace, max_epochs=3)
+        assert not trace.batches
 
 
 def test_the_callback_says_how_long_the_trainer_has_to_be():

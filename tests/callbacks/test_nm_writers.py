@@ -114,6 +114,7 @@ class Copies(Net):
         torch.testing.assert_close(self.average[0](batch[0]), by_hand(self.average[0], batch[0]))
 
 
+@pytest.mark.filterwarnings("ignore:.*is in no optimizer now")
 @pytest.mark.parametrize("make", [Clamps, Momentum, Swaps, Copies])
 def test_what_a_module_writes_into_its_weights_is_multiplied_at_once(make):
     module, _ = train(make(), data(6), BDWP(), limit_val_batches=2, val_check_interval=3)

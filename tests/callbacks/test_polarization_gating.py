@@ -140,6 +140,12 @@ def closed_at_random(
     return layers, opened, masks
 
 
+def test_weights_that_no_layer_multiplies_are_passed_over():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)).train()
+    layers = gated_layers(model, export.units(model, torch.zeros(1, 3, 8)), Selection())
+    assert [layer.name for layer in layers] == ["0.linear1"]
+
+
 @pytest.mark.parametrize("measure", ["flops", "params"])
 @pytest.mark.parametrize(
     ("make", "shape", "count"),

@@ -309,6 +309,7 @@ def test_each_policy_sets_every_groups_rates_from_its_own_dense_ones_and_resumes
             assert part.found == {place: rates for place, rates in whole.found.items() if place >= saved.batches}
 
 
+@pytest.mark.filterwarnings("ignore:.*is in no optimizer now")
 def test_a_parameter_group_that_is_added_in_the_dense_phase_gets_rates_too():
     class Module(TinyModule):
         def configure_optimizers(self) -> Any:
@@ -324,6 +325,7 @@ def test_a_parameter_group_that_is_added_in_the_dense_phase_gets_rates_too():
     assert list(rates.found.values())[-9:] == [pytest.approx([0.1 * i / 9, 0.02 * i / 9]) for i in range(9, 0, -1)]
 
 
+@pytest.mark.filterwarnings("ignore:.*is in no optimizer now")
 def test_a_parameter_group_that_is_added_after_the_rewinding_place_keeps_its_rate_in_each_round():
     class Module(TinyModule):
         def configure_optimizers(self) -> Any:

@@ -2,6 +2,7 @@
 
 python experiments/run.py collapse/resnet20
 python experiments/run.py collapse/plain20     # without shortcuts
+python experiments/run.py collapse/full --device gpu
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evidence import SMALL_TITLE, Above, Claim, Found, Line, Study, cubic, small
+from evidence import SMALL_TITLE, Above, Claim, Found, Line, Study, cubic, full, small
 
 from sparsetrain.cli.grid import origin
 from sparsetrain.report import markdown_table, t_interval
@@ -117,5 +118,11 @@ STUDIES = (
         f"{SMALL_TITLE}, without shortcuts, 10 epochs",
         (*small(10), "model.shortcut=none"),
         claims=[],
+    ),
+    study(
+        "collapse/full",
+        "ResNet-20, CIFAR-10, 182 epochs",
+        full(182),
+        claims=[Empties(without(share), True) for share in SHARES],
     ),
 )

@@ -1,6 +1,7 @@
 """Tickets of LeNet-300-100 on MNIST beside the dense network, random masks and another initialisation.
 
 python experiments/run.py tickets/mnist
+python experiments/run.py tickets/full     # longer rounds, and more of them
 """
 
 import csv
@@ -15,11 +16,6 @@ from sparsetrain.cli.metrics import FILE
 from sparsetrain.report import draw_accuracy, markdown_table, t_interval
 
 DENSE, TICKET, RANDOM, REINIT = "dense", "ticket, 3.1%", "random mask, 3.1%", "other initialisation, 3.1%"
-EPOCHS = 10
-ROUNDS = (
-    *("method=lottery", "method.sparsity=null", f"method.round_length={EPOCHS}ep", "method.rewind_to=0it"),
-    "trainer.max_epochs=-1",
-)
 
 
 class TicketStudy(Study):
@@ -65,22 +61,33 @@ def first(arm: str) -> str:
     return f"{arm}, first epoch"
 
 
-def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """What is kept of a run beside its test accuracy: val accuracy after the last round's first epoch, all rounds."""
-    with (folder / FILE).open(newline="") as file:
-        of_epochs = [float(row["val/accuracy"]) for row in csv.DictReader(file) if row["val/accuracy"]]
-    return {"first_epoch": of_epochs[-EPOCHS], "rounds": of_rounds(summary)}
+def study(name: str, epochs: int, rounds: int, *pruned: str) -> TicketStudy:
+    """One of `STUDIES`.
 
+    Args:
+        name: of the study.
+        epochs: of a round,
+        rounds: how many there are,
+        pruned: and overrides of what each of them prunes, to 3.1 % of the weights.
+    """
 
-def _control(name: str) -> tuple[str, ...]:
-    ticket = "method.ticket='{runs}/ticket,-3.1%-{seed}/ticket.safetensors'"
-    return (*ROUNDS, "method.rounds=0", ticket, f"method.control={name}", "init_seed=100{seed}")
+    def facts(summary: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+        with (folder / FILE).open(newline="") as file:
+            of_epochs = [float(row["val/accuracy"]) for row in csv.DictReader(file) if row["val/accuracy"]]
+        return {"first_epoch": of_epochs[-epochs], "rounds": of_rounds(summary)}
 
+    lottery = (
+        *("method=lottery", "method.sparsity=null", f"method.round_length={epochs}ep", "method.rewind_to=0it"),
+        "trainer.max_epochs=-1",
+    )
 
-STUDIES = (
-    TicketStudy(
-        name="tickets/mnist",
-        title=f"LeNet-300-100, MNIST, {EPOCHS} epochs a round, 5 rounds",
+    def control(kind: str) -> tuple[str, ...]:
+        ticket = "method.ticket='{runs}/ticket,-3.1%-{seed}/ticket.safetensors'"
+        return (*lottery, "method.rounds=0", ticket, f"method.control={kind}", "init_seed=100{seed}")
+
+    return TicketStudy(
+        name=name,
+        title=f"LeNet-300-100, MNIST, {epochs} epochs a round, {rounds} rounds",
         question="Do tickets owe their accuracy to masks and initialisation?",
         published=(
             "tickets of a few per cent train faster than dense and are as good, reinitialised ones not "
@@ -88,13 +95,13 @@ STUDIES = (
         ),
         recipe=(
             *("+experiment=digits_dense", "dataset=mnist", "dataset.batch_size=128"),
-            *(f"trainer.max_epochs={EPOCHS}", "lr_policy.warmup=200it"),
+            *(f"trainer.max_epochs={epochs}", "lr_policy.warmup=200it"),
         ),
         arms={
             DENSE: (),
-            TICKET: (*ROUNDS, "method.rounds=5", "method.per_round=0.5"),
-            RANDOM: _control("random_mask"),
-            REINIT: _control("reinit"),
+            TICKET: (*lottery, f"method.rounds={rounds}", *pruned),
+            RANDOM: control("random_mask"),
+            REINIT: control("reinit"),
         },
         control=DENSE,
         claims=(
@@ -103,5 +110,10 @@ STUDIES = (
         ),
         stages=((DENSE, TICKET), (RANDOM, REINIT)),
         facts=facts,
-    ),
+    )
+
+
+STUDIES = (
+    study("tickets/mnist", 10, 5, "method.per_round=0.5"),
+    study("tickets/full", 50, 15, "method.sparsity=0.96875"),
 )

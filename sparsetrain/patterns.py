@@ -142,12 +142,14 @@ class Channel(Pattern):
     def reachable(self, shape: torch.Size, kept: int) -> int:
         if len(shape) < 2:
             raise ValueError(f"{self} needs weights of at least 2 dimensions; got {tuple(shape)}. Add it to `exclude`.")
+        if not shape.numel():
+            return 0
         size = shape.numel() // shape[self.axis]
         return max((kept + size // 2) // size, min(kept, 1)) * size
 
     def mask(self, score: Tensor, kept: int, cut: float | None = None) -> Tensor:
         others = [dim for dim in range(score.dim()) if dim != self.axis]
-        best = mask_largest(score.double().sum(others), kept * score.shape[self.axis] // score.numel())
+        best = mask_largest(score.double().sum(others), kept * score.shape[self.axis] // max(score.numel(), 1))
         rows = best.view([-1 if dim == self.axis else 1 for dim in range(score.dim())])
         return torch.empty_like(score, dtype=torch.bool).copy_(rows)
 

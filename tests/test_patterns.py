@@ -282,3 +282,10 @@ def test_channels_stay_nested_and_no_tensor_is_emptied():
 def test_errors_of_group_patterns_name_the_value_and_the_limit(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_whole_channels_of_an_empty_weight_are_none(axis):
+    shape = torch.Size([0, 4])
+    assert Channel(axis).reachable(shape, 0) == 0
+    assert Channel(axis).mask(torch.zeros(shape), 0).shape == shape

@@ -9,6 +9,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -557,3 +559,30 @@ def test_outputs_of_random_shapes_in_training_do_not_prevent_a_smaller_network(s
     chosen = units(model, x)[:3]
     silence(model, chosen)
     assert shrink(model, chosen, x).read.out_features == 5
+
+
+def test_a_network_whose_modules_have_versions_is_saved_and_loaded(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return torchvision.models.mnasnet0_5(num_classes=5).eval()
+
+    net, x = make(), torch.randn(2, 3, 32, 32)
+    chosen = units(net, x[:1])[:3]
+    silence(net, chosen)
+    small = shrink(net, chosen, x[:1])
+    save_shrunk(tmp_path, small)
+    assert torch.equal(load_shrunk(make(), tmp_path)(x), small(x))
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(tmp_path):
+    net, example = Residual(), torch.zeros(1, 3, 8, 8)
+    chosen = units(net, example)[:1]
+    silence(net, chosen)
+    save_shrunk(tmp_path, shrink(net.eval(), chosen, example))
+    file = tmp_path / "model.safetensors"
+    saved = load_file(file)
+    name = next(iter(saved))
+    del saved[name]
+    save_file(saved, file)
+    with pytest.raises(ValueError, match=f"lacks '{name}'. Save the network again"):
+        load_shrunk(Residual(), tmp_path)

@@ -442,3 +442,9 @@ def test_a_running_mean_refuses_a_member_and_stays_as_it_was(bad, message):
 def test_a_running_mean_refuses_a_first_member_that_has_diverged():
     with pytest.raises(ValueError, match="a member has diverged"):
         RunningMean().add({"w": torch.tensor([torch.nan])})
+
+
+@pytest.mark.parametrize("members", ["a.safetensors", {"w": torch.zeros(1)}], ids=["file", "state_dict"])
+def test_one_member_in_the_place_of_a_list_is_refused(members):
+    with pytest.raises(ValueError, match=r"are a list of state dicts or files"):
+        uniform(members)

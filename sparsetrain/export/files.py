@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, save_model
 from torch import nn
 
 from sparsetrain.export.architecture import Architecture, base_shapes
@@ -45,7 +45,7 @@ def load_shrunk(base_model: nn.Module, folder: str | Path) -> nn.Module:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the base model has other tensors or shapes, or the file is of another format.
+        ValueError: the base model has other tensors or shapes, the file is of another format, or lacks tensors.
     """
     folder = Path(folder)
     architecture = _read(folder / _ARCHITECTURE)
@@ -59,7 +59,12 @@ def load_shrunk(base_model: nn.Module, folder: str | Path) -> nn.Module:
             )
     small = copy.deepcopy(base_model)
     architecture.apply_(small)
-    load_model(small, folder / _WEIGHTS)
+    saved, state = load_file(folder / _WEIGHTS), small.state_dict()
+    addresses = {state[name].data_ptr() for name in saved.keys() & state.keys()}  # of tied tensors one name is saved
+    if lost := [name for name, tensor in state.items() if name not in saved and tensor.data_ptr() not in addresses]:
+        raise ValueError(f"{folder / _WEIGHTS} lacks {lost[0]!r}. Save the network again.")
+    state.update(saved)  # it has the versions by which some modules read their tensors
+    small.load_state_dict(state)
     return small
 
 

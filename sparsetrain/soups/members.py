@@ -129,8 +129,10 @@ def opened(members: Sequence[Member]) -> Iterator[list[_State | _File]]:
     """The members as what can be read in parts; files are closed afterwards.
 
     Raises:
-        ValueError: no members, or a file that is no whole safetensors file.
+        ValueError: no members, one alone in the place of a list, or a file that is no whole safetensors file.
     """
+    if isinstance(members, Mapping | str | Path):
+        raise ValueError("The members of a soup are a list of state dicts or files; this is one of them.")
     if not members:
         raise ValueError("A soup has at least one member; there is none.")
     sources: list[_State | _File] = []

@@ -1,6 +1,7 @@
 """What N:M methods share: products with N of every M weights, while the optimizer moves all of them."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
@@ -78,6 +79,7 @@ class NMTraining(SparsityCallback):
     _dtype: torch.dtype | None
     _dense: tuple[nn.Module, ...]
     _choice: BackendChoice | None
+    _decided: tuple[Decision, ...]  # before it was resumed
     _first_step: int | None  # before the first step of this fit; None after it
 
     def __init__(
@@ -123,7 +125,7 @@ class NMTraining(SparsityCallback):
     @property
     def decisions(self) -> tuple[Decision, ...]:
         """The backend of each layer and why, with what was measured; empty until it is decided."""
-        return () if self._choice is None else self._choice.decisions
+        return self._decided if self._choice is None else self._choice.decisions
 
     @property
     def plan(self) -> tuple[PlanRow, ...]:
@@ -190,6 +192,7 @@ class NMTraining(SparsityCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._loaded = state_dict.get("shadow", {})
+        self._decided = tuple(Decision(**decision) for decision in state_dict["decisions"])
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for _, layer in ops.effective_layers(pl_module):
@@ -273,7 +276,7 @@ class NMTraining(SparsityCallback):
 
     def state_dict(self) -> dict[str, Any]:
         self.read_masks()
-        return super().state_dict()
+        return super().state_dict() | {"decisions": [asdict(decision) for decision in self.decisions]}
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.final == "sparse":
@@ -319,7 +322,7 @@ class NMTraining(SparsityCallback):
         self._rows, self._layers, self._holders, self._dense = (), {}, [], ()
         self._optimizers, self._replaced, self._choice = None, [], None
         self._every, self._until, self._dtype, self._first_step = 1, None, None, None
-        self._shadow, self._loaded = {}, {}
+        self._shadow, self._loaded, self._decided = {}, {}, ()
 
     def _bind(self, pl_module: L.LightningModule) -> None:
         self._layers = {f"{name}.weight": layer for name, layer in ops.effective_layers(pl_module)}

@@ -36,7 +36,7 @@ from callbacks.nm_network import (
     validation_loss,
 )
 from callbacks.test_base import Metrics
-from conformance.harness import STEPS, PlainModule, TinyModule, assert_same, fit
+from conformance.harness import STEPS, PlainModule, SaveEverywhere, TinyModule, assert_same, fit
 from conformance.test_dense_loadable import Snapshots, outputs
 from conformance.test_exact_resume import resume_everywhere
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
@@ -115,6 +115,14 @@ def test_killed_before_at_and_after_the_switch_and_at_the_end_it_resumes_bit_ide
 
     moments = (UNTIL - 1, UNTIL, UNTIL + 1, STEPS)
     assert not resume_everywhere(tmp_path, make, moments=lambda saved: saved.batches in moments)
+
+
+def test_resumed_in_the_tail_it_still_says_on_which_backend_its_layers_ran(tmp_path):
+    saver = SaveEverywhere(tmp_path)
+    full = fit(BDWP(sparse_until=UNTIL), saver)
+    resumed = fit(BDWP(sparse_until=UNTIL), ckpt_path=saver.saved[-1].path)
+    assert full.callback.decisions
+    assert resumed.callback.decisions == full.callback.decisions
 
 
 def test_with_weight_averaging_it_resumes_bit_identically(tmp_path):

@@ -84,6 +84,7 @@ class IterativeMagnitudePruning(SparsityCallback):
     _optimizers: OptimizerSnapshot | None
     _rates: RoundRates
     _scaler: dict[str, Any]
+    _plan: dict[str, Any]
     _limits: tuple[int | None, int] | None
 
     def __init__(
@@ -207,11 +208,13 @@ class IterativeMagnitudePruning(SparsityCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         resumed = self._restored is not None
         super().on_train_start(trainer, pl_module)
-        if self._restored is not None and self._restored["plan"] != self._plan():
+        plan = self._make_plan()
+        if resumed and self._plan != plan:
             raise ValueError(
-                f"The run was saved with {self._restored['plan']}, and cannot go on with {self._plan()}. Resume a run "
-                "with its own settings."
+                f"The run was saved with {self._plan}, and cannot go on with {plan}. Resume a run with its own "
+                "settings."
             )
+        self._plan = plan
         self.masks.check(self.sparsities[-1])
         self._rates.check(trainer, pl_module, self.rounds, self.run.steps_per_epoch or 1)
         if not resumed:
@@ -268,7 +271,7 @@ class IterativeMagnitudePruning(SparsityCallback):
             "snapshot": None if self._snapshot is None else dict(self._snapshot.tensors),
             "optimizers": None if self._optimizers is None else self._optimizers.packed(self.masks),
             "rates": self._rates.state_dict(),
-            "plan": self._plan(),
+            "plan": self._plan,
         }
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -302,7 +305,7 @@ class IterativeMagnitudePruning(SparsityCallback):
 
     def _begin(self) -> None:
         super()._begin()
-        self.leg, self._seed, self._scaler = 0, 0, {}
+        self.leg, self._seed, self._scaler, self._plan = 0, 0, {}, {}
         self.rounds = self._lengths
         self._snapshot, self._optimizers, self._origin = None, None, ""
         self._rates = RoundRates(self.retrain)
@@ -311,13 +314,13 @@ class IterativeMagnitudePruning(SparsityCallback):
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)
         self.leg, self._seed, self._scaler = state["leg"], state["seed"], state["scaler"]
-        self._origin = state["origin"]
+        self._origin, self._plan = state["origin"], state["plan"]
         self._snapshot = None if state["snapshot"] is None else Snapshot(state["snapshot"])
         optimizers = state["optimizers"]
         self._optimizers = None if optimizers is None else OptimizerSnapshot.unpacked(optimizers, self.masks)
         self._rates.load_state_dict(state["rates"])
 
-    def _plan(self) -> dict[str, Any]:
+    def _make_plan(self) -> dict[str, Any]:
         """What a resumed run has to share."""
         rounds = self.rounds
         return {

@@ -68,7 +68,8 @@ class ExactResume(L.Callback):
         if trainer.state.fn != TrainerFn.FITTING:
             return
         # Lightning hands them to the loaders once, and its own iterator uses them up before training starts.
-        self._loader_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        loops = checkpoint.get("loops")  # None where only weights were saved, which Lightning refuses
+        self._loader_states = loops["fit_loop"]["state_dict"].get("combined_loader", []) if loops else []
         if self.state_key not in checkpoint.get("callbacks", {}):
             rank_zero_warn(
                 "The run was saved without ExactResume: its random streams begin anew, and the resumed run is another "

@@ -18,11 +18,13 @@ from conformance.harness import (
     seed_all,
 )
 from lightning.fabric.utilities.data import _set_sampler_epoch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loops import evaluation_loop, fit_loop, training_epoch_loop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.compile import from_compiled
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from sparsetrain.callbacks.resume import ExactResume, _random_state, _set_random_state
@@ -71,6 +73,7 @@ def test_lightning_still_has_the_names_that_are_used(owner, names):
         (EVALUATION, "_has_run _restart_stage"),
         (_Loop, "_restarting"),
         (_LoggerConnector, "_callback_metrics"),
+        (ModelCheckpoint, "_last_checkpoint_saved"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -78,6 +81,17 @@ def test_lightning_still_sets_the_attributes_that_are_used(owner, names):
     source = inspect.getsource(owner.__init__)
     for name in names.split():
         assert f"self.{name} " in source or f"self.{name}:" in source, name
+
+
+def test_lightning_still_marks_modules_that_it_compiles():
+    assert "_module._compiler_ctx = {" in inspect.getsource(from_compiled)
+
+
+def test_a_checkpoint_of_weights_alone_is_refused_by_lightning(tmp_path):
+    first = fit()
+    first.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(KeyError, match="only the model"):
+        fit(ckpt_path=tmp_path / "weights.ckpt")
 
 
 def test_lightning_still_sets_the_epoch_of_samplers_and_lets_restarting_be_set():

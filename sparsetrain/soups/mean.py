@@ -87,14 +87,15 @@ class RunningMean:
             ValueError: as `uniform`: other names or shapes, a mean that is not finite, or integers that differ. Then
                 the mean is that of the members before.
         """
+        member = {name: tensor.detach().cpu() for name, tensor in member.items()}
         self._check(member)
         self.count += 1
         for name, tensor in member.items():
             if self.count == 1:
-                kept = tensor.detach().to("cpu", _mean_type(tensor), copy=True)
+                kept = tensor.to(_mean_type(tensor), copy=True)
                 self.tensors[name] = kept.contiguous()
                 continue
-            mean, piece = self.tensors[name].view(-1), tensor.detach().cpu().reshape(-1)
+            mean, piece = self.tensors[name].view(-1), tensor.reshape(-1)
             for part in parts(len(mean)):
                 if mean.is_floating_point():
                     _take_in_(mean[part], name, [piece[part]], self.count)
@@ -105,8 +106,8 @@ class RunningMean:
         before = self.tensors if self.count else member
         if differing := sorted(before.keys() ^ member.keys()):
             raise ValueError(f"{differing[0]!r} is not in all members. Average networks of one architecture.")
-        for name in member:
-            mean, tensor = (members[name].detach().cpu() for members in (before, member))
+        for name, tensor in member.items():
+            mean = before[name]
             if tensor.shape != mean.shape:
                 raise ValueError(
                     f"{name!r} has shape {tuple(tensor.shape)} in this member and {tuple(mean.shape)} in those before. "

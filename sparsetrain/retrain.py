@@ -74,16 +74,17 @@ class Retrain(ABC):
     def rate(self, dense: DenseRates, pruned: PruningStep, step: int, length: int) -> float | None:
         """The learning rate of one parameter group at `step` (0-based) of a round of `length` optimizer steps.
 
-        The module's own schedulers rest meanwhile. `ReplayLR` alone has none: it sets them back and lets them run.
+        None leaves it as it is. The module's own schedulers rest meanwhile; under `ReplayLR` alone they run again.
         """
 
 
 @dataclass(frozen=True)
 class ReplayLR(Retrain):
-    """Learning-rate rewinding: the module's own schedulers run again, from their state at the place rewound to.
+    """Learning-rate rewinding: each step has the rate that it had in the dense phase, whoever set it.
 
-    Of schedulers that only count, every round has the same learning rates; `ReduceLROnPlateau` starts from its state
-    at that place and follows the metric of the round.
+    The module's own schedulers run again, from their state at the place rewound to, for what else they set, such as
+    momentum. With a `ReduceLROnPlateau` among them the rates are the schedulers': it starts from its state at that
+    place and follows the metric of the round.
 
     Source: Renda et al. 2020, arXiv:2003.02389, section 3.
     """

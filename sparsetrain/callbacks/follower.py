@@ -9,6 +9,8 @@ from torch.utils.hooks import RemovableHandle
 from sparsetrain.callbacks.trainer import was_skipped
 from sparsetrain.masks import Masks
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]] | None  # what a hook before a step gives it in place of its own
+
 
 class OptimizerFollower:
     """Follows the steps of the optimizers that hold parameters with a mask, until `detach`.
@@ -90,9 +92,7 @@ class OptimizerFollower:
                 self._handles.append(optimizer.register_step_pre_hook(self.begins))
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
-    def begins(
-        self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def begins(self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Arguments:
         """Called before each step; may give it other arguments."""
         self._to_count = self._to_count or optimizer is self.counted
         return None
@@ -111,6 +111,25 @@ class OptimizerFollower:
         if optimizer is self.counted and self._to_count:
             self._to_count = False
             self.count()
+
+
+def after_closure(arguments: tuple[Any, ...], settings: dict[str, Any], act: Callable[[], None]) -> Arguments:
+    """Call `act` at the last moment before a step: in its hook or, if there is one, at the end of its closure.
+
+    Returns:
+        The arguments of the step, for its hook to return.
+    """
+    closure = settings.get("closure")
+    if closure is None:
+        act()
+        return None
+
+    def closed() -> Any:
+        loss = closure()
+        act()
+        return loss
+
+    return arguments, settings | {"closure": closed}
 
 
 def _identities(optimizer: Optimizer) -> list[int]:

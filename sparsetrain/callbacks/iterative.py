@@ -33,8 +33,8 @@ class IterativeMagnitudePruning(SparsityCallback):
     `dense_length + rounds * (round_length - rewind_to)` long, or has `max_epochs=-1` and takes this length. While the
     module configures its optimizers it sees the length of its schedule alone: that of the dense phase or, without one,
     of a round. In epochs, the order and augmentation of data (of loaders that have `reseed`) and the random
-    numbers of each round are functions of the run's seed and the round. Learning rates are those of schedulers: what a
-    module sets by itself, from `current_epoch` or `global_step`, does not begin anew with a round.
+    numbers of each round are functions of the run's seed and the round. Learning rates are those that
+    the policy says, also where the module sets its own, in whatever hook.
 
     ======================================  ==========  ==========  ===============
     the literature's name                   `weights`   `retrain`   `optimizer_state`
@@ -256,7 +256,7 @@ class IterativeMagnitudePruning(SparsityCallback):
                 _seed_all(derive_seed(self._seed, *self.stream(self.leg + 1), trainer.global_rank))
             self._begin_leg(trainer, pl_module)
         step = place - self.rounds.start(self.leg)
-        self._rates.set_step(trainer, step, self.rounds.trained, peak=self._peak)
+        self._rates.begin_step(trainer, self.rounds, self.leg, step, peak=self._peak)
 
     def facts(self) -> dict[str, float]:
         return {**super().facts(), "sparsity/round": float(self.round)}
@@ -403,7 +403,6 @@ class IterativeMagnitudePruning(SparsityCallback):
             if not dense:
                 fast_forward(trainer, first, self.run.steps_per_epoch or 1)
             self._remember(trainer, pl_module)
-        self._rates.observe(trainer, place, dense=place < dense)
 
     def _remember(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what the rounds will go back to."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsetrain import ops
-from sparsetrain.callbacks.follower import OptimizerFollower
+from sparsetrain.callbacks.follower import Arguments, OptimizerFollower
 from sparsetrain.callbacks.trainer import callbacks_of
 from sparsetrain.mask_files import pack, unpack
 from sparsetrain.masks import Masks
@@ -40,9 +40,7 @@ class MasterFollower(OptimizerFollower):
         self._on_move = on_move
         super().__init__(masks, optimizers, what="N:M weights", on_step=on_step)
 
-    def begins(
-        self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def begins(self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Arguments:
         super().begins(optimizer, arguments, settings)
         closure, calls = settings.get("closure"), count()
         if closure is None:

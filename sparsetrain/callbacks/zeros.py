@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparsetrain.callbacks.follower import OptimizerFollower
+from sparsetrain.callbacks.follower import Arguments, OptimizerFollower, after_closure
 from sparsetrain.callbacks.probe import Probe, is_elementwise, probe_optimizer
 from sparsetrain.masks import Masks
 
@@ -90,23 +90,11 @@ class ZeroFollower(OptimizerFollower):
                     probes[kind] = probe_optimizer(optimizer, parameter)
                 self._probes[name] = probes[kind]
 
-    def begins(
-        self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def begins(self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Arguments:
         super().begins(optimizer, arguments, settings)
         if not self._gradients_change:
             return None
-        closure = settings.get("closure")
-        if closure is None:
-            self.masks.zero_grads_(self.pruned(optimizer))
-            return None
-
-        def zeroed() -> Any:
-            loss = closure()
-            self.masks.zero_grads_(self.pruned(optimizer))
-            return loss
-
-        return arguments, settings | {"closure": zeroed}
+        return after_closure(arguments, settings, lambda: self.masks.zero_grads_(self.pruned(optimizer)))
 
     def moved(self, optimizer: Optimizer) -> None:
         names = self.pruned(optimizer)

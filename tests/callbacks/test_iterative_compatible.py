@@ -16,7 +16,6 @@ from sparsetrain import (
     Magnitude,
     OneShot,
     Pruning,
-    ReplayLR,
     Saliency,
 )
 from sparsetrain.data import InMemoryLoader
@@ -101,11 +100,13 @@ class WithForeign(TinyModule):
         scheduler.step(self.current_epoch)
 
 
-@pytest.mark.parametrize("retrain", [ReplayLR(), LastLR()])
-def test_a_scheduler_that_is_not_torchs_is_refused(retrain):
-    fit(make=WithForeign)  # Lightning takes it
-    with pytest.raises(ValueError, match=r"Foreign is no scheduler of torch\.optim.*one of torch\.optim\.lr_scheduler"):
-        recorded(imp(retrain=retrain), make=WithForeign)
+def test_a_scheduler_that_is_not_torchs_cannot_be_brought_to_where_rounds_begin():
+    choices = {"length": "2ep", "rewind_to": "1ep"}
+    recorded(imp(**choices), make=WithForeign)
+    with pytest.raises(
+        ValueError, match=r"Foreign is no scheduler of torch\.optim: .* before step 5, at which the rounds"
+    ):
+        recorded(imp(dense_length="0it", **choices), make=WithForeign)
 
 
 @pytest.mark.parametrize("length", ["1ep", "5it"])

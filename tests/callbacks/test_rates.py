@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import lightning as L
@@ -8,6 +9,8 @@ import pytest
 import torch
 from callbacks.recording import EPOCH, Record, imp, one_round, recorded
 from conformance.harness import SaveEverywhere, TinyModule, fit
+from timm import scheduler as timm_scheduler
+from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer, lr_scheduler
 
 from sparsetrain import AdaptiveLR, CyclicLR, IterativeMagnitudePruning, LastLR, LinearLR, ReplayLR, ScaledLR
@@ -373,3 +376,123 @@ def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor(optimizer_state)
 
     run = fit(imp(rounds=1, rewind_to="1ep", optimizer_state=optimizer_state), make=Module, max_epochs=-1)
     assert run.module.rates == pytest.approx([0.01] * 5 + [0.005] * 10)
+
+
+class Moved(L.LightningModule):
+    """Its bias moves by the learning rate at each step: what was used, whatever hooks see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4).double()
+        self.biases: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.biases.append(self.layer.bias[0].item())
+        return self.layer.bias.sum() + self.layer.weight.square().sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", 0.0)
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=0.1)
+
+    def on_train_end(self) -> None:
+        self.biases.append(self.layer.bias[0].item())
+
+    @property
+    def used(self) -> list[float]:
+        return [before - after for before, after in pairwise(self.biases)]
+
+    def set_rate(self, rate: float) -> None:
+        self.trainer.optimizers[0].param_groups[0]["lr"] = rate
+
+    def by_epoch(self) -> float:
+        return 0.1 * 0.5**self.current_epoch
+
+    def by_step(self) -> float:
+        return 0.1 * 0.9**self.global_step
+
+
+class AtEpochStart(Moved):
+    def on_train_epoch_start(self) -> None:
+        self.set_rate(self.by_epoch())
+
+
+class AtBatchStart(Moved):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.set_rate(self.by_step())
+
+
+class InTrainingStep(Moved):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.set_rate(self.by_step())
+        return super().training_step(batch, batch_idx)
+
+
+class BeforeTheStep(Moved):
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        self.set_rate(self.by_step())
+
+
+class WarmUpInOptimizerStep(Moved):
+    """As in Lightning's documentation: over a scheduler's rate, in the first steps of the run."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.parameters(), lr=0.1)
+        return [optimizer], [lr_scheduler.StepLR(optimizer, 1, 0.5)]
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if self.global_step < 4:
+            self.set_rate(0.1 * (self.global_step + 1) / 4)
+        optimizer.step(closure=optimizer_closure)
+        if self.global_step == 4:
+            self.set_rate(0.1)
+
+
+class LambdaOfTheModule(Moved):
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.parameters(), lr=0.1)
+        return [optimizer], [lr_scheduler.LambdaLR(optimizer, lambda _: 0.5**self.current_epoch)]
+
+
+class EpochToTheScheduler(Moved):
+    """A scheduler of timm, which is told the epoch."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.parameters(), lr=0.1)
+        return [optimizer], [timm_scheduler.StepLRScheduler(optimizer, decay_t=1, decay_rate=0.5)]
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        scheduler.step(epoch=self.current_epoch + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "make",
+    [
+        AtEpochStart,
+        AtBatchStart,
+        InTrainingStep,
+        BeforeTheStep,
+        WarmUpInOptimizerStep,
+        LambdaOfTheModule,
+        EpochToTheScheduler,
+    ],
+)
+def test_rates_that_a_module_sets_by_itself_are_those_of_the_dense_phase_in_each_round(tmp_path, make):
+    def trained(*callbacks: L.Callback, **settings: Any) -> list[float]:
+        return fit(*callbacks, make=make, **settings).module.used
+
+    whole = trained(max_epochs=3)
+    assert len({round(rate, 9) for rate in whole}) >= 2
+    saver = SaveEverywhere(tmp_path)
+    rates = trained(imp(length="3ep", rewind_to="1ep"), saver, max_epochs=-1)
+    assert rates == pytest.approx(whole + 2 * whole[EPOCH:], rel=1e-9)
+    for saved in saver.saved:
+        if (saved.batches, saved.moment) in {(7, "batch"), (31, "batch")}:  # in the dense phase, in round 2
+            part = trained(imp(length="3ep", rewind_to="1ep"), ckpt_path=saved.path, max_epochs=-1)
+            assert part == pytest.approx(rates[saved.batches :], rel=1e-9)
+    shorter = trained(imp(length="2ep", dense_length="0it"), max_epochs=-1)
+    assert shorter == pytest.approx(2 * whole[: 2 * EPOCH], rel=1e-9)
+    policy = trained(imp(length="2ep", dense_length="3ep", retrain=LastLR()), max_epochs=-1)
+    assert policy == pytest.approx(whole + 4 * EPOCH * [whole[-1]], rel=1e-9)

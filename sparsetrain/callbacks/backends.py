@@ -1,6 +1,7 @@
 """Which backend each N:M layer of a fit runs on: decided once, from what the first step shows."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -13,6 +14,7 @@ from sparsetrain import ops
 from sparsetrain.ops import policy
 from sparsetrain.ops.layers import EffectiveLayer
 from sparsetrain.ops.policy import Decision
+from sparsetrain.ops.search import Cache
 
 
 class BackendChoice:
@@ -20,19 +22,20 @@ class BackendChoice:
 
     Timing needs each layer's tokens: until the first optimizer step has been made, hooks on the layers that could run
     on sparse kernels note them, while these compute the same on the reference backend. All ranks take rank 0's
-    decision. Where a device has no such kernels there are neither hooks nor timings.
+    decision, and it alone searches algorithms. Where a device has no such kernels there are neither hooks nor timings.
 
     Args:
         trainer: knows the other ranks.
         module: after `ops.convert`.
         backend: "auto", "reference" or "cusparselt".
         dtype: in which the layers compute.
+        algorithms: the file of those found before; None searches none.
 
     Attributes:
         decisions: one per layer; empty until it is decided.
 
     Raises:
-        ValueError: "cusparselt" where no layer can run on it.
+        ValueError: "cusparselt" where no layer can run on it, or a file that holds no algorithms.
     """
 
     def __init__(
@@ -41,13 +44,15 @@ class BackendChoice:
         module: nn.Module,
         backend: Literal["auto", "reference", "cusparselt"],
         dtype: torch.dtype,
+        algorithms: Path | str | None = None,
     ) -> None:
+        self._cache = None if algorithms is None else Cache(algorithms)
         self.decisions: tuple[Decision, ...] = ()
         self._backend, self._dtype = backend, dtype
         self._tokens: dict[str, int] = {}
         self._handles: list[RemovableHandle] = []
         layers = dict(ops.effective_layers(module))
-        for name in trainer.strategy.broadcast(policy.to_time(module, backend, dtype)):
+        for name in trainer.strategy.broadcast(self._to_time(module)):
             note = partial(_note_tokens, self._tokens, name)
             self._handles.append(layers[name].register_forward_pre_hook(note, with_kwargs=True))
         if not self._handles:
@@ -65,8 +70,12 @@ class BackendChoice:
             handle.remove()
         self._handles = []
 
+    def _to_time(self, module: nn.Module) -> tuple[str, ...]:
+        return policy.to_time(module, self._backend, self._dtype, searches=self._cache is not None)
+
     def _decide(self, trainer: L.Trainer, module: nn.Module) -> None:
-        mine = policy.choose(module, self._backend, tokens=self._tokens, dtype=self._dtype)
+        cache = self._cache if trainer.is_global_zero else None
+        mine = policy.choose(module, self._backend, tokens=self._tokens, dtype=self._dtype, cache=cache)
         self.decisions = trainer.strategy.broadcast(mine)
         policy.assign(module, self.decisions)
         rank_zero_info(f"Backends of the N:M layers:\n{policy.describe(self.decisions)}")

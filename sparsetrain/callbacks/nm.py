@@ -1,5 +1,6 @@
 """N:M methods: which weights the two products of a layer use."""
 
+from pathlib import Path
 from typing import Literal
 
 from sparsetrain.callbacks.nm_training import NMTraining
@@ -22,6 +23,8 @@ class BidirectionalWeightPruning(NMTraining):
         final: after such a dense tail, "sparse" leaves the N:M weights of the master, "dense" the master itself.
         backend: "reference" multiplies masked weights densely, "cusparselt" on 2:4 kernels in each layer that has them,
             "auto" on those that are measured to be faster; `decisions` says which and why.
+        algorithms: a file, to which the fastest correct algorithms of 2:4 kernels are written as they are searched, and
+            from which later runs take them; None: the default ones.
         where: the parameters; what cannot hold the pattern stays dense, and the plan says why.
 
     Raises:
@@ -43,6 +46,7 @@ class BidirectionalWeightPruning(NMTraining):
         sparse_until: int | str | None = None,
         final: Literal["sparse", "dense"] = "sparse",
         backend: Literal["auto", "reference", "cusparselt"] = "auto",
+        algorithms: Path | str | None = None,
         where: Selection = Selection(),
     ) -> None:
         super().__init__(
@@ -52,6 +56,7 @@ class BidirectionalWeightPruning(NMTraining):
             sparse_until=sparse_until,
             final=final,
             backend=backend,
+            algorithms=algorithms,
             where=where,
         )
 
@@ -72,6 +77,8 @@ class StraightThroughNM(NMTraining):
         final: after such a dense tail, "sparse" leaves the N:M weights of the master, "dense" the master itself.
         backend: "reference" multiplies masked weights densely, "cusparselt" on 2:4 kernels in each layer that has them,
             "auto" on those that are measured to be faster; `decisions` says which and why.
+        algorithms: a file, to which the fastest correct algorithms of 2:4 kernels are written as they are searched, and
+            from which later runs take them; None: the default ones.
         where: the parameters; what cannot hold the pattern stays dense, and the plan says why.
 
     Raises:
@@ -93,6 +100,7 @@ class StraightThroughNM(NMTraining):
         sparse_until: int | str | None = None,
         final: Literal["sparse", "dense"] = "sparse",
         backend: Literal["auto", "reference", "cusparselt"] = "auto",
+        algorithms: Path | str | None = None,
         where: Selection = Selection(),
     ) -> None:
         super().__init__(
@@ -102,5 +110,6 @@ class StraightThroughNM(NMTraining):
             sparse_until=sparse_until,
             final=final,
             backend=backend,
+            algorithms=algorithms,
             where=where,
         )

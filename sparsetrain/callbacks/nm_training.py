@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from itertools import takewhile
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -62,6 +63,8 @@ class NMTraining(SparsityCallback):
         backend: "reference" (dense products of masked weights), "cusparselt" (2:4 kernels wherever they exist) or
             "auto" (2:4 kernels where a measurement after the first step finds them faster). A resumed run measures
             again: on a device with such kernels, resume under "auto" is exact up to their rounding.
+        algorithms: a file; with it each layer on 2:4 kernels runs with the fastest of cuSPARSELt's algorithms that are
+            correct, which are searched after the first step (some seconds a shape) and kept there for later runs.
         where: the parameters; what cannot hold the pattern stays dense, and the plan says why.
     """
 
@@ -91,6 +94,7 @@ class NMTraining(SparsityCallback):
         sparse_until: int | str | None,
         final: Literal["sparse", "dense"],
         backend: Literal["auto", "reference", "cusparselt"],
+        algorithms: Path | str | None,
         where: Selection,
     ) -> None:
         if not decay >= 0:
@@ -106,7 +110,7 @@ class NMTraining(SparsityCallback):
             )
         check_backend(backend)
         self.rule, self.decay, self.refresh, self.where = rule, decay, refresh, where
-        self.sparse_until, self.final, self.backend = sparse_until, final, backend
+        self.sparse_until, self.final, self.backend, self.algorithms = sparse_until, final, backend, algorithms
         super().__init__(Pruning(where), check="off")
 
     def target(self, step: int) -> float | None:
@@ -226,7 +230,7 @@ class NMTraining(SparsityCallback):
             self._hold()
         self._dtype = _MIXED.get(str(trainer.precision))
         dtype = self._dtype or next(iter(self._layers.values())).weight.dtype
-        self._choice = BackendChoice(trainer, pl_module, self.backend, dtype)
+        self._choice = BackendChoice(trainer, pl_module, self.backend, dtype, self.algorithms)
         self.apply()
 
     def apply(self) -> None:

@@ -33,7 +33,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, forward: Tensor, back
 
 
 def sparse_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, forward: Tensor, backward: Tensor, *, sparse_backward: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    forward: Tensor,
+    backward: Tensor,
+    *,
+    sparse_backward: bool,
+    algorithms: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """The same products as `linear`, by sparse kernels.
 
@@ -44,9 +51,10 @@ def sparse_linear(
         forward: `library.compress` of W_f [out, in].
         backward: `library.compress` of W_b^T [in, out] if `sparse_backward`, else W_b itself, dense, [out, in].
         sparse_backward: whether the input gradient is a sparse product too.
+        algorithms: cuSPARSELt's of the two products.
     """
     x, bias = _as_autocast(x, bias, forward.dtype)
-    y: Tensor = _SparseLinear.apply(x, weight, bias, forward, backward, sparse_backward)
+    y: Tensor = _SparseLinear.apply(x, weight, bias, forward, backward, sparse_backward, algorithms)
     return y
 
 
@@ -128,10 +136,12 @@ class _SparseLinear(torch.autograd.Function):
         forward: Tensor,
         backward: Tensor,
         sparse_backward: bool,
+        algorithms: tuple[int, int],
     ) -> Tensor:
         ctx.save_for_backward(x, backward)
         ctx.weight_dtype, ctx.weight_shape, ctx.sparse_backward = weight.dtype, weight.shape, sparse_backward
-        y: Tensor = library.spmm(forward, x.reshape(-1, x.shape[-1]), bias)
+        first, ctx.algorithm = algorithms
+        y: Tensor = library.spmm(forward, x.reshape(-1, x.shape[-1]), bias, first)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
@@ -142,10 +152,10 @@ class _SparseLinear(torch.autograd.Function):
         dense_dx = needs[0] and not ctx.sparse_backward
         dx, dw, db = reference.linear_backward(g, x, backward, (dense_dx, needs[1], needs[2]))
         if needs[0] and ctx.sparse_backward:
-            dx = library.spmm(backward, rows, None).view(x.shape)
+            dx = library.spmm(backward, rows, None, ctx.algorithm).view(x.shape)
         if dw is not None:
             dw = dw.to(ctx.weight_dtype).view(ctx.weight_shape)
-        return dx, dw, db, None, None, None
+        return dx, dw, db, None, None, None, None
 
 
 class _Conv2d(torch.autograd.Function):

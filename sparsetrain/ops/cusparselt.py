@@ -6,6 +6,7 @@ some of them are wrong (pytorch/pytorch#155333): `search` finds out.
 """
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,25 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16)
 _ROWS_OF_WEIGHT, _TOKENS, _POINTER = 16, 8, 16  # multiples that 16-bit kernels need; the pointer's in bytes
+
+
+@dataclass(frozen=True)
+class Algorithms:
+    """cuSPARSELt's numbers for the two sparse products of a layer; for another number of tokens they may be wrong.
+
+    Args:
+        tokens: rows of the input for which they were found.
+        forward: of y = x @ W_f^T + b; 0 is the default one.
+        backward: of dx = g @ W_b.
+    """
+
+    tokens: int
+    forward: int = 0
+    backward: int = 0
+
+    def at(self, tokens: int) -> tuple[int, int]:
+        """Those for an input of `tokens` rows: the default ones if it is another number."""
+        return (self.forward, self.backward) if tokens == self.tokens else (0, 0)
 
 
 def probe(dtype: torch.dtype = torch.bfloat16, device: torch.device | None = None) -> str | None:

@@ -14,7 +14,17 @@ from sparsetrain.ops import autograd, cusparselt, library
 from sparsetrain.ops.rules import NMRule
 from sparsetrain.selection import PlanRow, Selection
 
-_OWN = ("rule", "backend", "called", "_held", "_cached", "_compressed", "_fresh", "_seen")  # what conversion adds
+_OWN = (
+    "rule",
+    "backend",
+    "algorithms",
+    "called",
+    "_held",
+    "_cached",
+    "_compressed",
+    "_fresh",
+    "_seen",
+)  # what conversion adds
 
 
 class _Effective(nn.Module):
@@ -23,6 +33,7 @@ class _Effective(nn.Module):
     weight: Tensor
     rule: NMRule
     backend: Literal["reference", "cusparselt"]  # set by `policy.choose`
+    algorithms: cusparselt.Algorithms | None  # the same; None: the default ones
     called: bool  # whether a forward that is not compiled has been made since this was set to False
     _held: Tensor | None  # plain attributes: never in the state dict
     _cached: tuple[Tensor, Tensor] | None
@@ -138,7 +149,11 @@ class _Effective(nn.Module):
         operands = self._compressed
         if not self._fresh or operands is None or not self._is_for(dtype, operands[0]):
             operands = self._compress(dtype)
-        return autograd.sparse_linear(x, self.weight, bias, *operands, sparse_backward=self.rule.backward != "dense")
+        algorithms = (0, 0) if self.algorithms is None else self.algorithms.at(x.numel() // x.shape[-1])
+        sparse_backward = self.rule.backward != "dense"
+        return autograd.sparse_linear(
+            x, self.weight, bias, *operands, sparse_backward=sparse_backward, algorithms=algorithms
+        )
 
     def hold_(self, mask: Tensor | None) -> None:
         """Keep `mask` for both products whatever the weights become, until `hold_(None)`; forgets the cache.
@@ -258,7 +273,7 @@ def make_effective(layers: Iterable[Any], rule: NMRule) -> None:
     """Convert plain layers that are known to hold the pattern, such as `unconvert` returns."""
     for layer in layers:  # of any type to type checkers, for their class changes
         layer.__class__ = _EFFECTIVE[type(layer)]
-        layer.rule, layer.backend, layer.called = rule, "reference", False
+        layer.rule, layer.backend, layer.algorithms, layer.called = rule, "reference", None, False
         layer._held = layer._cached = layer._compressed = None
         layer._fresh, layer._seen = False, 0
 

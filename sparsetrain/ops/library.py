@@ -139,16 +139,19 @@ def _(pruned: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("sparsetrain::spmm", mutates_args=(), device_types="cpu")
-def spmm(compressed: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """The product x @ A^T + bias, [tokens, rows]; compressed: of A [rows, k], x: [tokens, k], bias: [rows]."""
+def spmm(compressed: Tensor, x: Tensor, bias: Tensor | None, algorithm: int = 0) -> Tensor:
+    """The product x @ A^T + bias, [tokens, rows]; compressed: of A [rows, k], x: [tokens, k], bias: [rows].
+
+    `algorithm` is cuSPARSELt's, and has no meaning on a CPU.
+    """
     return torch.nn.functional.linear(x, compressed, bias)
 
 
 @spmm.register_kernel("cuda")
-def _(compressed: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    return cusparselt.matmul(compressed, x, bias).contiguous()
+def _(compressed: Tensor, x: Tensor, bias: Tensor | None, algorithm: int = 0) -> Tensor:
+    return cusparselt.matmul(compressed, x, bias, algorithm=algorithm).contiguous()
 
 
 @spmm.register_fake
-def _(compressed: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+def _(compressed: Tensor, x: Tensor, bias: Tensor | None, algorithm: int = 0) -> Tensor:
     return x.new_empty(x.shape[0], compressed.shape[0])

@@ -1,7 +1,7 @@
 """Which converted layers run on sparse kernels, decided by measuring, with a reason for every one."""
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetrain.choices import check_choice
-from sparsetrain.ops import cusparselt, library
+from sparsetrain.ops import cusparselt, library, search
+from sparsetrain.ops.cusparselt import Algorithms
 from sparsetrain.ops.layers import EffectiveConv2d, EffectiveLayer, effective_layers
+from sparsetrain.ops.timing import event_us
 
 GAIN = 1.05  # what a sparse layer must be faster by; less is within the noise of a step
 _BACKENDS = ("auto", "reference", "cusparselt")
-_ROUNDS, _CALLS = 9, 10
+_ROUNDS = 9
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Decision:
         reason: why.
         dense_us: time of the dense products of one step, in microseconds; None if it was not measured.
         sparse_us: the same for the sparse ones, with the compression of the weights.
+        algorithms: of the sparse products; None: the default ones.
     """
 
     name: str
@@ -35,10 +38,13 @@ class Decision:
     reason: str
     dense_us: float | None = None
     sparse_us: float | None = None
+    algorithms: Algorithms | None = None
 
     def __str__(self) -> str:
         times = "" if self.dense_us is None else f"; {self.dense_us:.1f} us dense, {self.sparse_us:.1f} us sparse"
-        return f"{self.name}: {self.backend} ({self.reason}{times})"
+        found = self.algorithms
+        numbers = "" if found is None else f"; algorithms {found.forward} and {found.backward}"
+        return f"{self.name}: {self.backend} ({self.reason}{times}{numbers})"
 
 
 def check_backend(backend: str, dtype: torch.dtype | None = None, device: torch.device | None = None) -> None:
@@ -57,9 +63,9 @@ def check_backend(backend: str, dtype: torch.dtype | None = None, device: torch.
         raise _cannot_run(reason)
 
 
-def to_time(module: nn.Module, backend: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """The layers whose tokens `choose` needs: with "auto" those that could run on sparse kernels, else none."""
-    if backend != "auto":
+def to_time(module: nn.Module, backend: str, dtype: torch.dtype, *, searches: bool = False) -> tuple[str, ...]:
+    """The layers whose tokens `choose` needs: those that could run on sparse kernels, where something is timed."""
+    if backend != "auto" and not (searches and backend == "cusparselt"):
         return ()
     return tuple(name for name, layer in effective_layers(module) if obstacle(layer, dtype) is None)
 
@@ -78,13 +84,14 @@ def choose(
     *,
     tokens: int | Mapping[str, int],
     dtype: torch.dtype,
+    cache: search.Cache | None = None,
 ) -> tuple[Decision, ...]:
     """Decide for each converted layer of `module`, and set its `backend`; call `refresh_` after it.
 
     With "auto" a layer that could run on sparse kernels is timed, both ways, and runs on them only if that is more
     than 5 % faster: the forward product and the input gradient, with one compression of the weights. The weight
-    gradient and the pruning are the same on both. Kernels run with their default algorithm; nothing is searched. The
-    compression is charged to one call; a layer that is called several times in a step gains more than is measured.
+    gradient and the pruning are the same on both. The compression is charged to one call; a layer that is called
+    several times in a step gains more than is measured.
 
     Args:
         module: a module after `convert`.
@@ -92,6 +99,8 @@ def choose(
         tokens: rows of the input of a layer in one call (batch x positions), at least 1; for all, or by layer name.
             A layer without any stays on the reference.
         dtype: the compute dtype, torch.bfloat16 under "bf16-mixed".
+        cache: of algorithms; with it the fastest correct ones are searched, which takes some seconds for each shape
+            that is not in it, and used for inputs of just so many tokens. None: the default ones everywhere.
 
     Returns:
         One row per converted layer.
@@ -102,11 +111,11 @@ def choose(
     check_backend(backend)
     if isinstance(tokens, int) and tokens < 1:
         raise ValueError(f"tokens are {tokens}; they must be at least 1: batch x positions of a call.")
-    times: dict[tuple[int, ...], tuple[float, float]] = {}  # layers of one shape are timed once
+    times: dict[tuple[int, ...], Decision] = {}  # layers of one shape are timed once
     decisions = []
     for name, layer in effective_layers(module):
         count = tokens if isinstance(tokens, int) else tokens.get(name, 0)
-        decisions.append(_decide(name, layer, backend, count, dtype, times))
+        decisions.append(_decide(name, layer, backend, count, dtype, cache, times))
     if backend == "cusparselt" and all(decision.backend == "reference" for decision in decisions):
         raise _cannot_run("; ".join(sorted({decision.reason for decision in decisions})) or "no layer is converted")
     assign(module, decisions)
@@ -117,7 +126,7 @@ def assign(module: nn.Module, decisions: Iterable[Decision]) -> None:
     """Let the converted layers of `module` run as decided, perhaps by another process; call `refresh_` after it."""
     layers = dict(effective_layers(module))
     for decision in decisions:
-        layers[decision.name].backend = decision.backend
+        layers[decision.name].backend, layers[decision.name].algorithms = decision.backend, decision.algorithms
         layers[decision.name].forget()
 
 
@@ -153,33 +162,55 @@ def _decide(
     backend: str,
     tokens: int,
     dtype: torch.dtype,
-    times: dict[tuple[int, ...], tuple[float, float]],
+    cache: search.Cache | None,
+    measured: dict[tuple[int, ...], Decision],
 ) -> Decision:
     if backend == "reference":
         return Decision(name, "reference", "asked for")
     if reason := obstacle(layer, dtype):
         return Decision(name, "reference", reason)
-    if backend == "cusparselt":
+    if backend == "cusparselt" and (cache is None or not tokens):
         return Decision(name, "cusparselt", "asked for")
     if not tokens:
         return Decision(name, "reference", "not called in the first step")
-    shape = (*layer.weight.shape[:2], tokens)
+    shape = (*layer.weight.shape[:2], tokens, layer.bias is not None)
     try:
-        if shape not in times:
-            times[shape] = _time_us(layer, tokens, dtype)
+        if shape not in measured:
+            measured[shape] = _measure(layer, backend, tokens, dtype, cache)
     except RuntimeError as error:
         return Decision(name, "reference", f"its 2:4 kernels failed at {tokens} tokens: {error}")
-    dense_us, sparse_us = times[shape]
+    return replace(measured[shape], name=name)
+
+
+def _measure(
+    layer: EffectiveLayer, backend: str, tokens: int, dtype: torch.dtype, cache: search.Cache | None
+) -> Decision:
+    """The decision for a layer that has a kernel."""
+    found = None if cache is None else _search(layer, tokens, dtype, cache)
+    if backend == "cusparselt":
+        return Decision("", "cusparselt", "asked for", algorithms=found)
+    dense_us, sparse_us = _time_us(layer, tokens, dtype, found)
     gain = dense_us / sparse_us
     text = f"{gain:.2f} times as fast as dense at {tokens} tokens"
     if gain > GAIN:
-        return Decision(name, "cusparselt", text, dense_us, sparse_us)
-    return Decision(name, "reference", f"sparse would be {text}; more than {GAIN:.2f} is asked", dense_us, sparse_us)
+        return Decision("", "cusparselt", text, dense_us, sparse_us, found)
+    return Decision("", "reference", f"sparse would be {text}; more than {GAIN:.2f} is asked", dense_us, sparse_us)
+
+
+def _search(layer: EffectiveLayer, tokens: int, dtype: torch.dtype, cache: search.Cache) -> Algorithms:
+    out, inner = layer.weight.shape[:2]
+    forward = search.Product(out, inner, tokens, dtype, bias=layer.bias is not None)
+    backward = None if layer.rule.backward == "dense" else search.Product(inner, out, tokens, dtype)
+    best = [0 if product is None else search.best_algorithm(product, cache) for product in (forward, backward)]
+    return Algorithms(tokens, *best)
 
 
 @torch.no_grad()
-def _time_us(layer: EffectiveLayer, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
+def _time_us(
+    layer: EffectiveLayer, tokens: int, dtype: torch.dtype, algorithms: Algorithms | None
+) -> tuple[float, float]:
     """Dense and sparse time of one step's forward product and input gradient, medians of interleaved rounds."""
+    first, second = (0, 0) if algorithms is None else algorithms.at(tokens)
     weight = layer.weight.detach().flatten(1)
     out, inner = weight.shape
     sparse_backward = layer.rule.backward != "dense"
@@ -194,23 +225,11 @@ def _time_us(layer: EffectiveLayer, tokens: int, dtype: torch.dtype) -> tuple[fl
         g @ backward
 
     def sparse() -> None:
-        library.spmm(library.compress(forward), x, None)
+        library.spmm(library.compress(forward), x, None, first)
         if sparse_backward:
-            library.spmm(library.compress(backward_t), g, None)
+            library.spmm(library.compress(backward_t), g, None, second)
         else:
             g @ backward
 
     rounds = [(event_us(dense), event_us(sparse)) for _ in range(_ROUNDS + 2)][2:]  # the first two warm up
     return statistics.median(pair[0] for pair in rounds), statistics.median(pair[1] for pair in rounds)
-
-
-def event_us(call: Callable[[], object]) -> float:
-    """Microseconds of a call on the current CUDA device, the mean of several."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    start.record()
-    for _ in range(_CALLS):
-        call()
-    end.record()
-    end.synchronize()
-    elapsed_ms: float = start.elapsed_time(end)
-    return elapsed_ms * 1000 / _CALLS

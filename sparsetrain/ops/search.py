@@ -1,4 +1,4 @@
-"""Which of cuSPARSELt's algorithms is fastest for one product, among those that are right; nothing uses it unasked.
+"""Which of cuSPARSELt's algorithms is fastest for one product, among those that are right.
 
 An algorithm can crash, hang, or give numbers that are wrong or change from call to call (pytorch/pytorch#155333). They
 are tried in another process, which is started again behind the one that ended it.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.ops import cusparselt, library
-from sparsetrain.ops.policy import event_us
+from sparsetrain.ops.timing import event_us
 
 DEFAULT = 0
 GAIN = 1.03  # what another algorithm must be faster by than the default one
@@ -92,10 +92,14 @@ class Cache:
 
     Args:
         path: the file; made with its folder at the first `put`.
+
+    Raises:
+        ValueError: the file is there and is something else.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._read()
 
     def get(self, product: Product) -> int | None:
         """The algorithm found for `product` on this GPU, or None."""
@@ -157,7 +161,7 @@ def sweep(product: Product, *, command: Sequence[str] | None = None, timeout_s: 
 
     Args:
         product: the shapes and the dtype.
-        command: starts the process that tries them, given the product and the first number as JSON; None: this module.
+        command: starts the process that tries them, given the product and the first number as JSON; None: `main`.
         timeout_s: after which a process is taken to hang.
 
     Returns:
@@ -168,7 +172,8 @@ def sweep(product: Product, *, command: Sequence[str] | None = None, timeout_s: 
     """
     if command is None:
         _check_here(product.dtype)
-        command = (sys.executable, "-m", "sparsetrain.ops.search", str(torch.cuda.current_device()))
+        run = f"import sys; from {__name__} import main; main(*sys.argv[1:])"
+        command = (sys.executable, "-c", run, str(torch.cuda.current_device()))
     trials: list[Trial] = []
     first = DEFAULT
     for _ in range(_DEATHS):
@@ -279,7 +284,7 @@ def _multiply(compressed: Tensor, x: Tensor, bias: Tensor | None, algorithm: int
     return cusparselt.matmul(compressed, x, bias, algorithm=algorithm)
 
 
-def _main(index: str, task: str) -> None:
+def main(index: str, task: str) -> None:
     """Try algorithms on the GPU of that index; one JSON line for each begin and each trial."""
     fields = json.loads(task)
     first = fields.pop("first")
@@ -288,7 +293,3 @@ def _main(index: str, task: str) -> None:
     torch.cuda.set_device(device)
     for entry in try_algorithms(product, first, device, multiply=_multiply, time_us=event_us):
         print(json.dumps(entry if isinstance(entry, int) else asdict(entry)), flush=True)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

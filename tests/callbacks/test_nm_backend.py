@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparsetrain import Selection, ops
 from sparsetrain.callbacks.backends import BackendChoice, _note_tokens
-from sparsetrain.ops import cusparselt, library, policy
+from sparsetrain.ops import cusparselt, library, policy, search
 from sparsetrain.ops.policy import Decision
 
 REASON = cusparselt.probe()
@@ -39,7 +39,7 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], int]
     """Shape and tokens of what has been timed; the kernels win for 16 outputs."""
     timed = []
 
-    def time_us(layer: ops.EffectiveLinear, tokens: int, dtype: torch.dtype) -> tuple[float, float]:
+    def time_us(layer: ops.EffectiveLinear, tokens: int, *_: Any) -> tuple[float, float]:
         timed.append((tuple(layer.weight.shape), tokens))
         return 100.0, 80.0 if len(layer.weight) == 16 else 99.0
 
@@ -244,6 +244,36 @@ def data_loader(batches: list[Batch]) -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(batches, batch_size=None)
 
 
+@pytest.mark.parametrize("backend", ["auto", "cusparselt"])
+def test_algorithms_are_searched_after_the_first_step_and_kept_for_the_next_run(
+    monkeypatch, tmp_path, as_if_sparse, timings, caplog, backend
+):
+    swept = []
+
+    def sweep(product: search.Product) -> list[search.Trial]:
+        swept.append((product.rows, product.k, product.tokens, product.bias))
+        return [search.Trial(number, 0.0, True, 100.0 / (number + 1), 100.0) for number in range(3)]
+
+    monkeypatch.setattr(search, "sweep", sweep)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU A")
+    path = tmp_path / "algorithms.json"
+    for searched in (True, False):
+        callback = BDWP(backend=backend, algorithms=path)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            train(Regression(Net()), data(3), callback, **BF16)
+        shapes = [(16, 16, 24), (32, 64, 6), (32, 32, 6)]
+        both = [(*shape, bias) for o, i, t in shapes for shape, bias in (((o, i, t), True), ((i, o, t), False))]
+        assert swept == (both if searched else [])
+        assert "net.0: cusparselt" in printed(caplog)[0]
+        assert "algorithms 2 and 2)" in printed(caplog)[0]
+        assert callback.decisions[0].algorithms == cusparselt.Algorithms(24, 2, 2)
+        swept.clear()
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="is no cache of algorithms"):
+        train(Regression(Net()), data(3), BDWP(backend=backend, algorithms=path), **BF16)
+
+
 @pytest.mark.skipif(REASON is None, reason="there is a device with sparse kernels")
 @pytest.mark.parametrize(
     ("precision", "reason"), [("bf16-mixed", REASON), ("32-true", cusparselt.probe(torch.float32))]
@@ -268,17 +298,21 @@ def test_after_a_resume_it_is_decided_again(tmp_path, as_if_sparse, timings):
     assert [decision.backend for decision in run.callback.decisions] == ["cusparselt"]
 
 
-def test_every_rank_takes_the_decision_of_the_first(as_if_sparse, timings):
+def test_every_rank_takes_the_decision_of_the_first_which_alone_searches(monkeypatch, tmp_path, as_if_sparse, timings):
+    searched = []
+    monkeypatch.setattr(search, "best_algorithm", lambda product, cache: searched.append(product) or 0)
     module = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 32))
     ops.convert(module, ops.NMRule(2, 4))
     sent: Iterator[Any] = iter([("0",), (Decision("0", "reference", "theirs"), Decision("1", "cusparselt", "theirs"))])
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda mine: next(sent)))
-    choice = BackendChoice(trainer, module, "auto", torch.bfloat16)
+    strategy = SimpleNamespace(broadcast=lambda mine: next(sent))
+    trainer: Any = SimpleNamespace(strategy=strategy, is_global_zero=False)
+    choice = BackendChoice(trainer, module, "auto", torch.bfloat16, tmp_path / "algorithms.json")
     assert [len(layer._forward_pre_hooks) for layer in module] == [1, 0]
     module(torch.ones(4, 32))
     choice.after_step(trainer, module)
     assert [layer.backend for layer in module] == ["reference", "cusparselt"]
     assert [decision.reason for decision in choice.decisions] == ["theirs"] * 2
+    assert not searched
     choice.after_step(trainer, module)  # which has nothing more to decide
     assert [len(layer._forward_pre_hooks) for layer in module] == [0, 0]
 

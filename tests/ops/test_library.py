@@ -29,7 +29,7 @@ def test_the_operators_pass_opcheck(device, dtype):
     torch.library.opcheck(torch.ops.sparsetrain.compress, (pruned,))
     x = torch.randn(11, 48, device=device, dtype=dtype)
     for bias in (None, torch.randn(32, device=device, dtype=dtype)):
-        torch.library.opcheck(torch.ops.sparsetrain.spmm, (library.compress(pruned), x, bias))
+        torch.library.opcheck(torch.ops.sparsetrain.spmm, (library.compress(pruned), x, bias, 0))
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (2, 8)])

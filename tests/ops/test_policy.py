@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsetrain.ops import NMRule, convert, cusparselt, effective_layers, policy, unconvert
+from sparsetrain.ops import NMRule, convert, cusparselt, effective_layers, policy, search, unconvert
+from sparsetrain.ops.cusparselt import Algorithms
 
 REASON = cusparselt.probe()
 
@@ -75,7 +77,7 @@ def test_patterns_that_are_not_two_of_four_stay_on_the_reference(as_if_sparse):
 
 @pytest.mark.parametrize(("sparse_us", "backend"), [(90.0, "cusparselt"), (97.0, "reference"), (200.0, "reference")])
 def test_auto_takes_sparse_only_if_it_is_more_than_five_percent_faster(as_if_sparse, monkeypatch, sparse_us, backend):
-    monkeypatch.setattr(policy, "_time_us", lambda layer, tokens, dtype: (100.0, sparse_us))
+    monkeypatch.setattr(policy, "_time_us", lambda *_: (100.0, sparse_us))
     module = nn.Linear(32, 32)
     convert(module, NMRule(2, 4))
     (decision,) = decide(module, "auto")
@@ -87,7 +89,7 @@ def test_auto_takes_sparse_only_if_it_is_more_than_five_percent_faster(as_if_spa
 
 
 def test_a_layer_whose_kernels_fail_stays_on_the_reference_and_says_so(as_if_sparse, monkeypatch):
-    def time_us(layer, tokens, dtype):
+    def time_us(layer, tokens, *_):
         if layer.in_features == 48:
             raise RuntimeError("no kernel for this size")
         return 100.0, 50.0
@@ -103,7 +105,7 @@ def test_a_layer_whose_kernels_fail_stays_on_the_reference_and_says_so(as_if_spa
 def test_layers_of_one_shape_and_tokens_are_timed_once_and_those_without_tokens_not_at_all(as_if_sparse, monkeypatch):
     timed = []
 
-    def time_us(layer, tokens, dtype):
+    def time_us(layer, tokens, *_):
         timed.append((tuple(layer.weight.shape), tokens))
         return 100.0, 50.0
 
@@ -134,7 +136,7 @@ def test_timing_multiplies_both_ways_and_leaves_the_random_stream_alone(monkeypa
     module = nn.Linear(32, 16)  # of which 16 outputs hold no group of 32
     convert(module, rule)
     before = torch.get_rng_state()
-    assert policy._time_us(module, 8, torch.bfloat16) == (1.0, 1.0)
+    assert policy._time_us(module, 8, torch.bfloat16, None) == (1.0, 1.0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -240,6 +242,97 @@ def test_a_layer_on_sparse_kernels_computes_what_the_reference_does(as_if_sparse
             torch.testing.assert_close(compiled(x).detach(), module(x).detach())
     unconvert(module)
     assert not {"backend", "_compressed"} & set(vars(module))
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """The products for which algorithms are searched: 7 is the best one with a bias, else 5."""
+    products = []
+
+    def best_algorithm(product, cache):
+        products.append(product)
+        return 7 if product.bias else 5
+
+    monkeypatch.setattr(search, "best_algorithm", best_algorithm)
+    return products
+
+
+@pytest.mark.parametrize("backend", ["auto", "cusparselt"])
+def test_with_a_cache_the_algorithms_of_both_products_are_searched_and_timed(
+    as_if_sparse, monkeypatch, tmp_path, found, backend
+):
+    timed = []
+
+    def time_us(layer, tokens, dtype, algorithms):
+        timed.append(algorithms)
+        return 100.0, 50.0
+
+    monkeypatch.setattr(policy, "_time_us", time_us)
+    module = nn.Sequential(nn.Linear(32, 16), nn.Linear(16, 32, bias=False), nn.Linear(32, 16))
+    for backward, second in (("bidirectional", 5), ("dense", 0)):
+        found.clear()
+        timed.clear()
+        convert(module, NMRule(2, 4, backward=backward))
+        assert policy.to_time(module, backend, torch.bfloat16, searches=True) == ("0", "1", "2")
+        decisions = decide(module, backend, cache=search.Cache(tmp_path / "algorithms.json"))
+        expected = [Algorithms(64, 7, second), Algorithms(64, 5, second), Algorithms(64, 7, second)]
+        assert [decision.algorithms for decision in decisions] == expected
+        assert [layer.algorithms for layer in module] == expected
+        both = [
+            search.Product(16, 32, 64, bias=True),
+            search.Product(32, 16, 64),
+            search.Product(32, 16, 64),
+            search.Product(16, 32, 64),
+        ]
+        assert found == (both if second else both[::2])
+        assert timed == (expected[:2] if backend == "auto" else [])
+        reason = "2.00 times as fast as dense at 64 tokens; 100.0 us dense, 50.0 us sparse"
+        reason = reason if backend == "auto" else "asked for"
+        assert str(decisions[1]) == f"1: cusparselt ({reason}; algorithms 5 and {second})"
+        assert {decision.algorithms for decision in decide(module, backend)} == {None}
+        assert {layer.algorithms for layer in module} == {None}
+        unconvert(module)
+
+
+def test_a_layer_whose_search_fails_stays_on_the_reference_and_says_so(as_if_sparse, monkeypatch, tmp_path):
+    def best_algorithm(product, cache):
+        raise RuntimeError("The default algorithm failed")
+
+    monkeypatch.setattr(search, "best_algorithm", best_algorithm)
+    module = nn.Linear(32, 16)
+    convert(module, NMRule(2, 4))
+    (decision,) = decide(module, "auto", cache=search.Cache(tmp_path / "algorithms.json"))
+    assert decision.reason == "its 2:4 kernels failed at 64 tokens: The default algorithm failed"
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("make", [lambda: nn.Linear(32, 16), lambda: nn.Conv2d(32, 16, 1)])
+def test_a_layer_runs_with_its_algorithms_for_just_so_many_tokens(as_if_sparse, make, compiled):
+    used = []
+
+    module = make()
+    convert(module, NMRule(2, 4, backward="bidirectional"))
+    decide(module, "cusparselt")
+    module.algorithms = Algorithms(6, 3, 4)
+    spmm = torch.ops.sparsetrain.spmm.default
+
+    class Used(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is spmm:
+                used.append((len(args[1]), args[3] if len(args) > 3 else 0))
+            return func(*args, **(kwargs or {}))
+
+    torch._dynamo.reset()
+    run = torch.compile(module, backend="aot_eager", dynamic=False) if compiled else module
+    for tokens in (6, 8):
+        used.clear()
+        x = torch.randn(tokens, 32, *([1, 1] if isinstance(module, nn.Conv2d) else []), requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x)  # compiles outside of the mode
+            with Used():
+                y = run(x)
+                y.sum().backward()
+        assert used == [(6, 3), (6, 4)] if tokens == 6 else [(8, 0), (8, 0)]
 
 
 def test_wrong_arguments_are_refused():

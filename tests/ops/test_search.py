@@ -78,11 +78,20 @@ def test_the_process_reads_the_task_and_writes_what_is_read_of_it(monkeypatch, c
 
     monkeypatch.setattr(search, "try_algorithms", try_algorithms)
     monkeypatch.setattr(torch.cuda, "set_device", seen.append)
-    search._main("2", task.read_text())
+    search.main("2", task.read_text())
     device = torch.device("cuda", 2)
     assert seen == [device, (PRODUCT, 0, device)]
     lines = f"import sys; sys.stdout.write({capsys.readouterr().out!r})"
     assert sweep(PRODUCT, command=(sys.executable, "-S", "-c", lines)) == [GOOD]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REASON is None, reason="there is a device with sparse kernels")
+def test_by_itself_it_tries_them_in_a_process_on_the_same_gpu(monkeypatch):
+    monkeypatch.setattr(cusparselt, "probe", lambda dtype: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with pytest.raises(RuntimeError, match=r"(?s)exit status 1, .*set_device\(device\)"):
+        sweep(PRODUCT)
 
 
 def test_fast_but_wrong_unstable_and_barely_faster_algorithms_are_not_chosen():
@@ -190,7 +199,7 @@ def test_a_spoiled_cache_is_an_error_with_the_remedy(gpu, tmp_path, content):
     path = tmp_path / "algorithms.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"is no cache of algorithms.*Delete it"):
-        Cache(path).get(PRODUCT)
+        Cache(path)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,12 @@ class Masks(Mapping[str, Tensor]):
         candidates = Candidates([mask.shape for mask in self.values()], [mask.numel() for mask in self.values()], [])
         self.pruning.allocation.check(candidates, self._left(sparsity))
 
+    def reachable(self, sparsity: float) -> float:
+        """The sparsity nearest to this one that the pattern can express, with every tensor pruned alike."""
+        shapes = [mask.shape for mask in self.values()]
+        counts = [self.pruning.pattern.reachable(shape, round((1 - sparsity) * shape.numel())) for shape in shapes]
+        return 1 - sum(counts) / max(sum(shape.numel() for shape in shapes), 1)
+
     @torch.no_grad()
     def update(self, sparsity: float, *, regrow: bool = False, step: int = 0, trial: bool = False) -> Update:
         """Make new masks, of exactly the sparsity asked for: n - floor(sparsity * n + 0.5) of n weights are kept.

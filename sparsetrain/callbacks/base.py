@@ -30,6 +30,8 @@ from sparsetrain.report import plan_table
 from sparsetrain.selection import PlanRow
 from sparsetrain.steps import RunLength, parse_steps
 
+_FAR = 0.05  # from the sparsity that is asked for: more than rounding to a pattern's counts, but in small layers
+
 
 class SparsityCallback(L.Callback, ABC):
     """A sparsity method: a subclass says by `target` when the masks change and to which sparsity; the rest is here.
@@ -153,7 +155,7 @@ class SparsityCallback(L.Callback, ABC):
         self._final_step = self.final_step()
         final = None if self._final_step is None else self.target(self._final_step)
         if final is not None:
-            self.masks.check(final)
+            self._check_sparsity(final)
         if self._final_step is not None and not self.at_target:
             self._held_back = HeldBackCheckpoints(callbacks_of(trainer))
             if self._held_back:
@@ -193,6 +195,16 @@ class SparsityCallback(L.Callback, ABC):
             rank_zero_warn(
                 f"{untrained[0]!r} ({len(untrained)} of {len(self.masks)} parameters with a mask) is in no optimizer "
                 "now and is pruned all the same. If it is a teacher's or a metric's, add it to `exclude` of `where`."
+            )
+
+    def _check_sparsity(self, final: float) -> None:
+        """Refuse a final sparsity that cannot be reached, and tell of one that the pattern turns into another."""
+        self.masks.check(final)
+        reached = self.masks.reachable(final)
+        if abs(reached - final) > _FAR:
+            rank_zero_warn(
+                f"{self.pruning.pattern} turns the sparsity {final} that is asked for into about {reached:.4f}: only "
+                "some counts can be expressed. Ask for that sparsity, or take another pattern."
             )
 
     def read_masks(self) -> None:

@@ -215,7 +215,7 @@ class IterativeMagnitudePruning(SparsityCallback):
                 "settings."
             )
         self._plan = plan
-        self.masks.check(self.sparsities[-1])
+        self._check_sparsity(self.sparsities[-1])
         self._rates.check(trainer, pl_module, self.rounds, self.run.steps_per_epoch or 1)
         if not resumed:
             self._seed = trainer.strategy.broadcast(torch.initial_seed())

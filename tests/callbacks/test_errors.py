@@ -4,7 +4,17 @@ import pytest
 import torch
 from conformance.harness import PlainModule, fit, loaders, make_trainer
 
-from sparsetrain import GradualMagnitudePruning, OneShot
+from sparsetrain import (
+    NM,
+    Channel,
+    GradualMagnitudePruning,
+    IterativeMagnitudePruning,
+    OneShot,
+    Pruning,
+    Selection,
+    SparsityCallback,
+)
+from sparsetrain.patterns import Pattern
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -35,3 +45,22 @@ def test_scores_that_are_not_finite_stop_the_run() -> None:
 def test_more_than_the_floors_allow_names_the_largest_sparsity() -> None:
     with pytest.raises(ValueError, match=r"at least 3 in 3 tensors. The largest sparsity that leaves them is 0\.997"):
         fit(GradualMagnitudePruning(OneShot(0.9999, at=3)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda final, pruning: GradualMagnitudePruning(OneShot(final, at=3), pruning=pruning),
+        lambda final, pruning: IterativeMagnitudePruning(2, "1ep", sparsity=final, pruning=pruning),
+    ],
+)
+def test_a_sparsity_that_the_pattern_turns_into_another_is_told_of(make) -> None:
+    def train(final: float, pattern: Pattern) -> SparsityCallback:
+        callback = make(final, Pruning(Selection(exclude=("body.0.weight",)), pattern=pattern))
+        fit(callback, max_epochs=3)
+        return callback
+
+    with pytest.warns(UserWarning, match=r"NM\(n=2, m=4, axis=1\) turns the sparsity 0\.8 .* into about 0\.5000"):
+        assert train(0.8, NM(2, 4)).masks.sparsity() == 0.5
+    train(0.5, NM(2, 4))
+    train(0.8, Channel())

@@ -419,6 +419,19 @@ def test_a_model_that_casts_to_a_fixed_dtype_is_refused_as_it_cannot_run_in_floa
         shrink(model, silenced(model, x), x)
 
 
+@pytest.mark.filterwarnings("ignore:Maximum recursive depth reached")
+def test_reshapes_that_torch_pruning_cannot_follow_do_not_take_all_memory():
+    model = torchvision.models.SwinTransformer([4, 4], 16, [1, 1], [2, 2], [4, 4], num_classes=5).eval()
+    x = torch.randn(2, 3, 32, 32)
+    names = {f"features.{block}.0.mlp.0[{place}]" for block in (1, 3) for place in range(5)}
+    hidden = [unit for unit in units(model, x) if unit.name in names]
+    assert len(hidden) == 10
+    silence(model, hidden)
+    small = shrink(model, hidden, x)
+    torch.testing.assert_close(small(x), model(x))
+    assert small.features[1][0].mlp[0].out_features == model.features[1][0].mlp[0].out_features - 5
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

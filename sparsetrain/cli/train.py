@@ -390,11 +390,16 @@ def _example_input(datamodule: Any) -> Tensor:
 
 
 def _check_metric(cfg: DictConfig) -> None:
-    if str(cfg.optimized_metric).startswith("val/") and cfg.dataset.get("val_size") == 0:
-        raise ValueError(
-            f"optimized_metric={cfg.optimized_metric} is measured on validation data, but dataset.val_size=0 leaves "
-            "none. Hold some out, or set optimized_metric=null."
-        )
+    sizes = {
+        "dataset.val_size": cfg.dataset.get("val_size"),
+        "trainer.limit_val_batches": cfg.trainer.get("limit_val_batches"),
+    }
+    for name, size in sizes.items():
+        if size == 0 and str(cfg.optimized_metric).startswith("val/"):
+            raise ValueError(
+                f"optimized_metric={cfg.optimized_metric} is measured on validation data, but {name}=0 leaves none. "
+                "Give it some, or set optimized_metric=null."
+            )
 
 
 def _check_numbers(cfg: DictConfig) -> None:

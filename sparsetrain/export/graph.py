@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from sparsetrain.export.attention import Attention, attentions
 
 Role = Literal["writes", "carries", "reads"]
 _Place = tuple[str, int, Role]  # tensor, dimension, role
+_SPARE, _FEW = 4, 1 << 16  # of indices
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,12 @@ def _channels(graph: Any, root: nn.Module, network: _Network) -> list[tuple[tupl
     count = pruner.get_out_channels(root)
     parts: list[dict[_Place, set[int]]] = [{} for _ in range(count)]
     obstacles = [""] * count
-    for item in graph.get_pruning_group(root, pruner.prune_out_channels, list(range(count))):
+    try:
+        with _bounded_indices(max(size for tensor in network.tensors.values() for size in tensor.shape)):
+            group = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(count)))
+    except OverflowError:
+        return [((), "reshaped in a way that torch-pruning cannot follow")] * count
+    for item in group:
         node = item.dep.target
         reads = _mixes(node.module) and item.dep.handler == graph.get_pruner_of_module(node.module).prune_in_channels
         places, obstacle = _places(node.module, reads, network)
@@ -105,6 +112,32 @@ def _channels(graph: Any, root: nn.Module, network: _Network) -> list[tuple[tupl
             obstacles[channel] = obstacles[channel] or "nothing reads it"
     slices = [tuple(Slice(*place[:2], tuple(sorted(index)), place[2]) for place, index in p.items()) for p in parts]
     return list(zip(slices, obstacles, strict=True))
+
+
+@contextmanager
+def _bounded_indices(largest: int) -> Iterator[None]:
+    """Stop torch-pruning where it multiplies a channel's indices at each reshape without end, as in a Swin transformer.
+
+    Args:
+        largest: dimension of any tensor.
+
+    Raises:
+        OverflowError: within, where there are far more indices.
+    """
+    from torch_pruning.dependency.index_mapping import _FlattenIndexMapping  # type: ignore[import-untyped]
+
+    limit, whole = max(_SPARE * largest, _FEW), _FlattenIndexMapping.__call__
+
+    def bounded(self: Any, indices: Any) -> Any:
+        if not self.reverse and len(indices) * self._stride > limit:
+            raise OverflowError
+        return whole(self, indices)
+
+    _FlattenIndexMapping.__call__ = bounded
+    try:
+        yield
+    finally:
+        _FlattenIndexMapping.__call__ = whole
 
 
 def _trace(model: nn.Module, example_input: Tensor) -> tuple[Any, tuple[type, ...]]:

@@ -310,6 +310,8 @@ def test_without_an_optimized_metric_no_validation_is_needed(dense: Config, tmp_
 def test_a_metric_that_needs_validation_is_refused_without_it(dense: Config) -> None:
     with pytest.raises(ValueError, match=r"dataset\.val_size=0 leaves none"):
         train(dense("dataset.val_size=0"))
+    with pytest.raises(ValueError, match=r"trainer\.limit_val_batches=0 leaves none"):
+        train(dense("+trainer.limit_val_batches=0"))
 
 
 def test_an_unknown_metric_is_answered_with_those_there_are(dense: Config) -> None:

@@ -37,6 +37,19 @@ class Residual(nn.Module):
         return self.fc(F.relu(side + self.bn2(self.conv2(hidden))).mean((2, 3)))
 
 
+class Standardized(nn.Conv1d):
+    """Its weights have mean 0 and variance 1 for each output channel, so that zeros do not stay zeros."""
+
+    def forward(self, x):
+        weight = (self.weight - self.weight.mean((1, 2), keepdim=True)) / self.weight.std((1, 2), keepdim=True)
+        return F.conv1d(x, weight, self.bias)
+
+
+class Padded(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 1)))
+
+
 def settled(model, seed=0):
     """`model` with normalization that shifts, scales and remembers, in evaluation mode."""
     stream = torch.Generator().manual_seed(seed)
@@ -440,6 +453,10 @@ def test_reshapes_that_torch_pruning_cannot_follow_do_not_take_all_memory():
             "a LayerNorm, which is not known to keep channels apart",
         ),
         (nn.Sequential(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1, groups=2)), "a Conv1d with groups=2"),
+        (
+            nn.Sequential(nn.Conv1d(4, 4, 1), Standardized(4, 4, 3)),
+            "a Standardized that does not multiply by its weight as it is",
+        ),
         (nn.Linear(4, 4), "an output of the network"),
         (nn.ReLU(), "no layer has weights"),
     ],
@@ -447,6 +464,16 @@ def test_reshapes_that_torch_pruning_cannot_follow_do_not_take_all_memory():
 def test_a_model_without_removable_channels_is_refused_with_the_reasons(model, message):
     with pytest.raises(ValueError, match=message):
         units(model, torch.randn(2, 4, 4))
+
+
+def test_a_convolution_of_ones_own_that_multiplies_by_its_weight_is_cut():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv1d(4, 6, 1), nn.ReLU(), Padded(6, 4, 3)), torch.randn(2, 4, 5)
+    chosen = units(model, x)[::2]
+    silence(model, chosen)
+    small = shrink(model, chosen, x)
+    torch.testing.assert_close(small(x), model(x))
+    assert small[2].in_channels == 3
 
 
 def test_a_model_that_cannot_run_the_example_is_refused():

@@ -82,6 +82,13 @@ class _Network:
         uses = Counter(id(tensor) for tensor in self.tensors.values())
         self.shared = {name for name, tensor in self.tensors.items() if uses[id(tensor)] > 1}
         self.operations = operations
+        self._reads_weight: dict[nn.Module, bool] = {}
+
+    def reads_weight(self, layer: Any) -> bool:
+        """See the function of this name; each layer is tried once."""
+        if layer not in self._reads_weight:
+            self._reads_weight[layer] = reads_weight(layer)
+        return self._reads_weight[layer]
 
 
 def _channels(graph: Any, root: nn.Module, network: _Network) -> list[tuple[tuple[Slice, ...], str]]:
@@ -193,9 +200,35 @@ def _places(layer: Any, reads: bool, network: _Network) -> tuple[list[_Place], s
     if getattr(layer, "groups", 1) > 1:
         return [], f"a {kind} with groups={layer.groups}"
     out = out_dim(layer)
+    if reads and not network.reads_weight(layer):
+        return [], f"a {kind} that does not multiply by its weight as it is"
     if reads:
         return [(f"{prefix}weight", 1 - out, "reads")], ""
     return [(prefix + name, out if name == "weight" else 0, "writes") for name in held], ""
+
+
+@torch.no_grad()
+def reads_weight(layer: Any) -> bool:
+    """Whether a linear layer or convolution leaves out an input channel whose weights are 0.
+
+    One that standardizes its weights does not (NFNet, BiT). A layer that is not torch's is tried, with random weights;
+    if it cannot be run by itself, it is taken to be like others.
+    """
+    if type(layer).__module__.startswith("torch.nn.modules."):
+        return True
+    trial, dim, stream = copy.deepcopy(layer).float().cpu().eval(), 1 - out_dim(layer), torch.Generator().manual_seed(0)
+    for parameter in trial.parameters():
+        parameter.normal_(generator=stream)
+    sizes = zip(layer.kernel_size, layer.dilation, strict=True) if isinstance(layer, _ConvNd) else ()
+    covered = [1 + (size - 1) * dilation for size, dilation in sizes]
+    x = torch.randn(2, trial.weight.shape[dim], *covered, generator=stream)
+    without = x.index_fill(1, torch.tensor([0]), 0)
+    try:
+        expected = trial(without)
+        trial.weight.select(dim, 0).zero_()
+        return torch.allclose(trial(x), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    except (RuntimeError, TypeError, ValueError):
+        return True
 
 
 def _heads(name: str, attention: Attention, shared: set[str]) -> Iterator[tuple[str, tuple[Slice, ...]]]:

@@ -445,6 +445,33 @@ def test_reshapes_that_torch_pruning_cannot_follow_do_not_take_all_memory():
     assert small.features[1][0].mlp[0].out_features == model.features[1][0].mlp[0].out_features - 5
 
 
+class Neighbours(nn.Module):
+    """Efficient channel attention: the gate of a channel is made of its neighbours in the order of channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.over, self.last = nn.Conv2d(3, 8, 1), nn.Conv1d(1, 1, 3, padding=1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        gate = self.over(x.mean((2, 3)).view(len(x), 1, -1)).view(len(x), -1, 1, 1)
+        return self.last(x * gate.sigmoid())
+
+
+def unflattened():
+    return nn.Sequential(nn.Linear(4, 12), nn.Unflatten(1, (3, 4)), nn.Conv1d(3, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "tensor"), [(Neighbours(), (2, 3, 4, 4), "over.weight"), (unflattened(), (2, 4), "2.weight")]
+)
+def test_channels_that_another_layer_takes_together_are_no_units(model, shape, tensor):
+    with pytest.raises(
+        ValueError, match=f"{type(model).__name__} has no removable .*'{tensor}' takes several channels"
+    ):
+        units(model, torch.randn(shape))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

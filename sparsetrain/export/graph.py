@@ -98,7 +98,7 @@ def _channels(graph: Any, root: nn.Module, network: _Network) -> list[tuple[tupl
     parts: list[dict[_Place, set[int]]] = [{} for _ in range(count)]
     obstacles = [""] * count
     try:
-        with _bounded_indices(max(size for tensor in network.tensors.values() for size in tensor.shape)):
+        with _exact_indices(max(size for tensor in network.tensors.values() for size in tensor.shape)):
             group = graph.get_pruning_group(root, pruner.prune_out_channels, list(range(count)))
     except OverflowError:
         return [((), "reshaped in a way that torch-pruning cannot follow")] * count
@@ -114,16 +114,25 @@ def _channels(graph: Any, root: nn.Module, network: _Network) -> list[tuple[tupl
                 parts[channel].setdefault(place, set()).add(index)
                 if index >= network.tensors[place[0]].shape[place[1]]:
                     obstacles[channel] = f"{place[0]!r} is added to wider layers, which have a channel {index}"
+    holders = Counter((place, index) for found in parts for place, indices in found.items() for index in indices)
     for channel, found in enumerate(parts):
         if not any(role == "reads" for _, _, role in found):
             obstacles[channel] = obstacles[channel] or "nothing reads it"
+        for place, indices in found.items():
+            if any(holders[place, index] > 1 for index in indices):
+                obstacles[channel] = obstacles[channel] or f"{place[0]!r} takes several channels together"
+            if len(indices) == network.tensors[place[0]].shape[place[1]]:
+                obstacles[channel] = obstacles[channel] or f"{place[0]!r} has no other channel"
     slices = [tuple(Slice(*place[:2], tuple(sorted(index)), place[2]) for place, index in p.items()) for p in parts]
     return list(zip(slices, obstacles, strict=True))
 
 
 @contextmanager
-def _bounded_indices(largest: int) -> Iterator[None]:
-    """Stop torch-pruning where it multiplies a channel's indices at each reshape without end, as in a Swin transformer.
+def _exact_indices(largest: int) -> Iterator[None]:
+    """Let torch-pruning follow channels through reshapes as they are.
+
+    It multiplies a channel's indices at each reshape without end in a Swin transformer, and forgets all but one of the
+    channels that a reshape makes one.
 
     Args:
         largest: dimension of any tensor.
@@ -135,12 +144,15 @@ def _bounded_indices(largest: int) -> Iterator[None]:
 
     limit, whole = max(_SPARE * largest, _FEW), _FlattenIndexMapping.__call__
 
-    def bounded(self: Any, indices: Any) -> Any:
-        if not self.reverse and len(indices) * self._stride > limit:
+    def exact(self: Any, indices: Any) -> Any:
+        if self.reverse:
+            pairs = dict.fromkeys((index.idx // self._stride, index.root_idx) for index in indices)
+            return [type(indices[0])(idx=idx, root_idx=root) for idx, root in pairs]
+        if len(indices) * self._stride > limit:
             raise OverflowError
         return whole(self, indices)
 
-    _FlattenIndexMapping.__call__ = bounded
+    _FlattenIndexMapping.__call__ = exact
     try:
         yield
     finally:

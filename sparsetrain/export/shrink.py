@@ -204,7 +204,8 @@ def _shifts(exact: nn.Module, units: Sequence[Unit], examples: Sequence[Tensor])
                 raise ValueError(
                     f"Unit {unit.name!r} is written by zeros, but emits a constant through its bias or batch norm, and "
                     f"{name!r} pads it with zeros, so no bias can replace it. Prune with Channel(axis=1), which masks "
-                    "what reads a channel, or call silence(model, units) first, which changes what the model computes."
+                    "what reads a channel (in a transposed convolution what writes it: exclude those), or call "
+                    "silence(model, units) first, which changes what the model computes."
                 )
         if matters.any():
             constant = torch.where(matters, (low + high) / 2, 0.0)

@@ -641,6 +641,16 @@ def test_a_network_whose_modules_have_versions_is_saved_and_loaded(tmp_path):
     assert torch.equal(load_shrunk(make(), tmp_path)(x), small(x))
 
 
+@pytest.mark.parametrize("new", [nn.Linear(6, 7), nn.Sequential(nn.Linear(6, 4))])
+def test_a_layer_that_was_replaced_after_shrinking_is_not_saved(tmp_path, new):
+    model, x = residual()
+    small = shrink(model, silenced(model, x), x)
+    small.fc = new
+    with pytest.raises(ValueError, match=r"'fc\..*a layer was replaced after it"):
+        save_shrunk(tmp_path, small)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_lacks_a_tensor_is_refused(tmp_path):
     net, example = Residual(), torch.zeros(1, 3, 8, 8)
     chosen = units(net, example)[:1]

@@ -75,6 +75,14 @@ class Architecture:
         shapes = {name: tuple(shape) for name, shape in state["shapes"].items()}
         return cls(shapes, kept, tuple(state["biases"]), tuple(state["blocks"]))
 
+    def shapes_left(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> shape in the smaller model, without the biases that were added."""
+        left = {name: list(shape) for name, shape in self.shapes.items() if not is_inside(name, self.blocks)}
+        for name in left.keys() & self.kept.keys():
+            for dim, places in self.kept[name].items():
+                left[name][dim] = len(places)
+        return {name: tuple(shape) for name, shape in left.items()}
+
     @property
     def is_whole(self) -> bool:
         """Whether nothing was removed."""

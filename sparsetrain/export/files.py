@@ -21,11 +21,19 @@ def save_shrunk(folder: str | Path, model: nn.Module) -> None:
         model: with its present weights: it may have been trained on since.
 
     Raises:
-        ValueError: nothing was removed from the model.
+        ValueError: nothing was removed from the model, or one of its layers was replaced after that.
     """
     architecture = Architecture.of(model)
     if architecture.is_whole:
         raise ValueError(f"Nothing was removed from this {type(model).__name__}. Save its state dict instead.")
+    shapes, left = base_shapes(model), architecture.shapes_left()
+    for name in [*left, *shapes]:
+        if shapes.get(name) != left.get(name) and name.removesuffix(".bias") not in architecture.biases:
+            raise ValueError(
+                f"{name!r} is {shapes.get(name, 'missing')} in this {type(model).__name__}, and shrinking left it "
+                f"{left.get(name, 'missing')}: a layer was replaced after it, which no base model has. Save the state "
+                "dict, or replace the layer before shrinking."
+            )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     text = {"format": 1, **architecture.state()}

@@ -196,7 +196,7 @@ class NMTraining(SparsityCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._loaded = state_dict.get("shadow", {})
-        self._decided = tuple(Decision(**decision) for decision in state_dict["decisions"])
+        self._decided = tuple(map(Decision.from_state, state_dict["decisions"]))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for _, layer in ops.effective_layers(pl_module):

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,12 @@ class Decision:
     dense_us: float | None = None
     sparse_us: float | None = None
     algorithms: Algorithms | None = None
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """That of which `dataclasses.asdict` made `state`."""
+        found = state["algorithms"]
+        return cls(**{**state, "algorithms": None if found is None else Algorithms(**found)})
 
     def __str__(self) -> str:
         times = "" if self.dense_us is None else f"; {self.dense_us:.1f} us dense, {self.sparse_us:.1f} us sparse"

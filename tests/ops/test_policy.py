@@ -1,6 +1,8 @@
 """Each layer's backend is decided with a reason; sparse products are used only where they are faster."""
 
 import copy
+import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -292,6 +294,14 @@ def test_with_a_cache_the_algorithms_of_both_products_are_searched_and_timed(
         assert {decision.algorithms for decision in decide(module, backend)} == {None}
         assert {layer.algorithms for layer in module} == {None}
         unconvert(module)
+
+
+@pytest.mark.parametrize("found", [None, Algorithms(64, 7, 5)])
+def test_a_decision_is_restored_from_primitives(found):
+    decision = policy.Decision("net.0", "cusparselt", "asked for", algorithms=found)
+    state = json.loads(json.dumps(asdict(decision)))
+    assert policy.Decision.from_state(state) == decision
+    assert str(policy.Decision.from_state(state)) == str(decision)
 
 
 def test_a_layer_whose_search_fails_stays_on_the_reference_and_says_so(as_if_sparse, monkeypatch, tmp_path):

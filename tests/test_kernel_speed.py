@@ -3,6 +3,8 @@
 import ast
 import importlib
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -163,6 +165,28 @@ def test_it_needs_no_package_that_a_machine_with_a_gpu_may_lack() -> None:
                 names.append(str(node.module))
         assert not {name.partition(".")[0] for name in names} & {"hydra", "omegaconf", "wandb", "torchdata"}
         assert file.parent == FOLDER or not any(name.startswith("sparsetrain.cli") for name in names)
+
+
+# Finds no package whose name is given as an argument, before all else.
+_WITHOUT = """
+import importlib.machinery, sys
+whole, missing = importlib.machinery.PathFinder.find_spec, set(sys.argv[1:])
+importlib.machinery.PathFinder.find_spec = classmethod(
+    lambda cls, name, *others: None if name.partition(".")[0] in missing else whole(name, *others)
+)
+import pytest
+sys.exit(pytest.main(["-m", "gpu", "--collect-only", "-q", "-p", "no:hydra_pytest", "-p", "no:cacheprovider", "tests"]))
+"""
+
+
+@pytest.mark.slow
+def test_neither_do_the_tests_that_need_a_gpu() -> None:
+    missing = ["hydra", "omegaconf", "wandb", "torchdata", "sklearn", "torch_pruning", "onnxruntime", "nbclient"]
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT, *missing], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "tests/ops/test_layers_gpu.py::" in done.stdout
 
 
 @pytest.mark.gpu

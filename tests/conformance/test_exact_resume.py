@@ -25,7 +25,6 @@ from conformance.harness import (
 from conformance.methods import METHODS, every_method
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch.utils.data import DataLoader, TensorDataset
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from sparsetrain.data import InMemoryLoader
 
@@ -172,6 +171,8 @@ class TestPlainDataLoader:
 
 
 def stateful_data() -> dict[str, Any]:
+    from torchdata.stateful_dataloader import StatefulDataLoader  # late: GPU tests import this file
+
     data = plain_data()
     return data | {"train_dataloaders": StatefulDataLoader(data["train_dataloaders"].dataset, BATCH, shuffle=True)}
 

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from sparsetrain.callbacks.base import SparsityCallback
+from sparsetrain.callbacks.length import ShownLength
 from sparsetrain.callbacks.optimizer_snapshot import OptimizerSnapshot
 from sparsetrain.callbacks.rates import RoundRates, fast_forward
 from sparsetrain.callbacks.trainer import callbacks_of, is_fast_dev_run, train_loaders
@@ -85,7 +86,7 @@ class IterativeMagnitudePruning(SparsityCallback):
     _rates: RoundRates
     _scaler: dict[str, Any]
     _plan: dict[str, Any]
-    _limits: tuple[int | None, int] | None
+    _shown: ShownLength | None
 
     def __init__(
         self,
@@ -175,13 +176,14 @@ class IterativeMagnitudePruning(SparsityCallback):
                     f"{type(callback).__name__} does not go with {type(self).__name__}: it would end the run or mix "
                     "weights across rounds. Remove it; for a single phase use GradualMagnitudePruning."
                 )
-        self._limits = self._limits_of(trainer)
-        if not is_fast_dev_run(trainer):
-            self._set_length(trainer, self._lengths.schedule)  # what `configure_optimizers` sees
+        lengths = self._lengths
+        kind = "rounds" if lengths.count == len(self.sparsities) - 1 else "legs"
+        self._shown = ShownLength(trainer, lengths, self._total, self._unit, kind)
+        self._shown.show(lengths.schedule)  # what `configure_optimizers` sees
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not is_fast_dev_run(trainer):
-            self._set_length(trainer, self._total)
+        assert self._shown is not None
+        self._shown.show(self._total)
 
     def prepare(self, trainer: L.Trainer) -> None:
         if is_fast_dev_run(trainer):
@@ -309,7 +311,7 @@ class IterativeMagnitudePruning(SparsityCallback):
         self.rounds = self._lengths
         self._snapshot, self._optimizers, self._origin = None, None, ""
         self._rates = RoundRates(self.retrain)
-        self._limits = None
+        self._shown = None
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         super()._restore(state)
@@ -359,32 +361,6 @@ class IterativeMagnitudePruning(SparsityCallback):
     def _total(self) -> int:
         """The length of the run, in the unit of the lengths."""
         return self._lengths.total
-
-    def _limits_of(self, trainer: L.Trainer) -> tuple[int | None, int]:
-        """The Trainer's max_epochs and max_steps.
-
-        Raises:
-            ValueError: they are not the length of the rounds.
-        """
-        epochs, steps = trainer.max_epochs, trainer.max_steps
-        total, unlimited = self._total, epochs in (-1, None) and steps == -1
-        fits = (epochs == total and steps == -1) if self._unit == "ep" else (steps == total and epochs in (-1, None))
-        if not (fits or unlimited or is_fast_dev_run(trainer)):
-            argument = "max_epochs" if self._unit == "ep" else "max_steps"
-            rounds = self._lengths
-            kind = "rounds" if rounds.count == len(self.sparsities) - 1 else "legs"
-            raise ValueError(
-                f"A dense phase of {rounds.dense} and {rounds.count} {kind} of {rounds.trained} are {total} "
-                f"{'epochs' if self._unit == 'ep' else 'steps'}; this Trainer has max_epochs={epochs} and "
-                f"max_steps={steps}. Use Trainer({argument}={total}), or max_epochs=-1 to have it set."
-            )
-        return epochs, steps
-
-    def _set_length(self, trainer: L.Trainer, length: int) -> None:
-        if self._unit == "ep":
-            trainer.fit_loop.max_epochs = length
-        else:
-            trainer.fit_loop.epoch_loop.max_steps = length
 
     def _place(self, trainer: L.Trainer, batch_idx: int, *, epoch_ends: bool = False) -> int | None:
         """Optimizer steps due before batch `batch_idx` of the epoch; None within an accumulation.
@@ -452,9 +428,9 @@ class IterativeMagnitudePruning(SparsityCallback):
 
     def _release(self, trainer: L.Trainer) -> None:
         """Give the Trainer its length and its schedulers back."""
-        if self._limits is not None:
-            trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = self._limits
-            self._limits = None
+        if self._shown is not None:
+            self._shown.release()
+            self._shown = None
         self._rates.release(trainer)
 
 

@@ -249,6 +249,8 @@ class IterativeMagnitudePruning(SparsityCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         place = self._place(trainer, batch_idx)
+        if place is None and not self._rates.has_begun:  # resumed within an accumulation
+            place = self._place(trainer, batch_idx - batch_idx % trainer.accumulate_grad_batches)
         if place is None:
             return
         if self.leg == 0:
@@ -257,8 +259,7 @@ class IterativeMagnitudePruning(SparsityCallback):
             if batch_idx > 0:
                 _seed_all(derive_seed(self._seed, *self.stream(self.leg + 1), trainer.global_rank))
             self._begin_leg(trainer, pl_module)
-        step = place - self.rounds.start(self.leg)
-        self._rates.begin_step(trainer, self.rounds, self.leg, step, peak=self._peak)
+        self._rates.begin_step(trainer, self.rounds, self.leg, place - self.rounds.start(self.leg), peak=self._peak)
 
     def facts(self) -> dict[str, float]:
         return {**super().facts(), "sparsity/round": float(self.round)}

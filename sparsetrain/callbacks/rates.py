@@ -2,13 +2,14 @@
 
 import copy
 import warnings
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
@@ -16,6 +17,8 @@ from sparsetrain.callbacks.follower import Arguments, after_closure
 from sparsetrain.callbacks.trainer import is_fast_dev_run
 from sparsetrain.retrain import DenseRates, PruningStep, ReplayLR, Retrain
 from sparsetrain.rounds import Rounds
+
+_AT_A_PLACE = 1 << 16  # more steps than an optimizer makes in a batch
 
 
 class RoundRates:
@@ -31,15 +34,15 @@ class RoundRates:
         self.retrain = retrain
         # Parameter groups and schedulers at the place to go back to.
         self._remembered: dict[str, list[Any]] | None = None
-        # What the dense phase has had so far, by optimizer and group: the steps at which a rate began, and the rates.
-        self._seen: list[list[tuple[list[int], list[float]]]] = []
+        # What the dense phase has had so far, by optimizer and group.
+        self._seen: list[list[_Seen]] = []
         self._seen_length = 0
-        # What the policy is told; the rates are made of those seen when a round needs them.
-        self._dense: list[list[DenseRates]] | None = None
+        self._dense: list[list[DenseRates]] | None = None  # the same as a policy is told, once one asks
         self._pruned = PruningStep(0.0, 0.0)
-        # The step to come: its place in the schedule if its rates are to be seen, else those that it is to have.
-        self._place: int | None = None
-        self._rates: list[list[float | None]] = []
+        # Of the step to come: its place in the schedule, and its rates by optimizer and group, None to see them.
+        self._place = 0
+        self._rates: Sequence[Sequence[float | None]] | None = None
+        self._made: dict[Optimizer, int] = {}  # steps since; a batch may have several under manual optimization
         self._followed: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
         # The Trainer's schedulers while the policy sets the rates, and their restored states until they are there.
@@ -55,8 +58,14 @@ class RoundRates:
         """Compare the module's schedulers with rounds in optimizer steps.
 
         Raises:
-            ValueError: schedulers that cannot be brought to where rounds begin, or do not step as one begins and ends.
+            ValueError: schedulers that cannot be brought to where rounds begin, or do not step as one begins and ends;
+                an optimizer without a learning rate, where the policy sets them.
         """
+        if not self.replays and any(_rate(group) is None for o in trainer.optimizers for group in o.param_groups):
+            raise ValueError(
+                f"{type(self.retrain).__name__} sets learning rates, and an optimizer of this module has none (lr is "
+                "missing or None). Give it one, or use ReplayLR()."
+            )
         if not self.replays and not pl_module.automatic_optimization:
             raise ValueError(
                 f"{type(self.retrain).__name__} sets the learning rate itself, and under manual optimization the "
@@ -102,6 +111,7 @@ class RoundRates:
         """Keep the state of the schedulers, and what they have written to the optimizers, to go back to."""
         if self.replays:
             self._remembered = {
+                "optimizers": [type(o).__name__ for o in trainer.optimizers],
                 "groups": [[_settings(group) for group in o.param_groups] for o in trainer.optimizers],
                 "schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
             }
@@ -111,9 +121,11 @@ class RoundRates:
         if self._remembered is None:
             self._rest(trainer)
             return
-        for optimizer, groups in zip(trainer.optimizers, self._remembered["groups"], strict=True):
-            for group, settings in zip(optimizer.param_groups, groups, strict=False):  # later ones keep theirs
-                _set(group, settings)
+        remembered = zip(self._remembered["optimizers"], self._remembered["groups"], strict=True)
+        for optimizer, (kind, groups) in zip(trainer.optimizers, remembered, strict=False):
+            if type(optimizer).__name__ == kind:  # else another one has taken its place, with settings of its own
+                for group, settings in zip(optimizer.param_groups, groups, strict=False):  # later ones keep theirs
+                    _set(group, settings)
         for config, state in zip(trainer.lr_scheduler_configs, self._remembered["schedulers"], strict=True):
             config.scheduler.load_state_dict(copy.deepcopy(state))
 
@@ -128,23 +140,32 @@ class RoundRates:
             peak: stands for the highest rate of the dense phase; others, also of other groups, keep their ratio to it.
         """
         self._follow(trainer.optimizers)
+        self._made = {}
         # Without a dense phase the first round has the schedule's own rates.
-        if leg == 0 or (self.replays and leg == 1 and not rounds.dense):
-            self._place, self._dense = step + (rounds.replay_from if leg else 0), None
+        sees = leg == 0 or (self.replays and leg == 1 and not rounds.dense)
+        self._place = step + (rounds.replay_from if leg and self.replays else 0)
+        if sees:
+            self._rates, self._dense = None, None
+        elif not self.replays:
+            self._rates = self._policy(step, rounds.trained, peak)
+        elif any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
+            self._rates = ()  # these follow the round
         else:
-            self._place, self._rates = None, self._wanted(trainer, rounds, step, peak)
+            self._rates = self._replayed(0)
         for optimizer in trainer.optimizers:
-            self._settle(optimizer)  # for who reads them before the step, and for steps that a gradient scaler skips
+            self._settle(optimizer, 0)  # for who reads them before the step, and for steps that a scaler skips
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there was a `begin_step` since the start of the fit."""
+        return bool(self._followed)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it; the Trainer does not save schedulers that rest."""
         resting = None if self._resting is None else [config.scheduler.state_dict() for config in self._resting]
         return {
             "remembered": self._remembered,
-            "seen": [
-                [(torch.tensor(starts), torch.tensor(rates, dtype=torch.float64)) for starts, rates in groups]
-                for groups in self._seen
-            ],
+            "seen": [[seen.state() for seen in groups] for groups in self._seen],
             "seen_length": self._seen_length,
             "pruned": (self._pruned.share, self._pruned.norm_drop),
             "resting": resting,
@@ -153,7 +174,7 @@ class RoundRates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; schedulers follow in `resume`."""
         self._remembered, self._rested = state["remembered"], state["resting"]
-        self._seen = [[(starts.tolist(), rates.tolist()) for starts, rates in groups] for groups in state["seen"]]
+        self._seen = [[_Seen.from_state(*seen) for seen in groups] for groups in state["seen"]]
         self._seen_length, self._pruned = state["seen_length"], PruningStep(*state["pruned"])
 
     def resume(self, trainer: L.Trainer, *, in_round: bool) -> None:
@@ -176,7 +197,7 @@ class RoundRates:
             if not self._seen:
                 self._follow(trainer.optimizers)
                 for optimizer in trainer.optimizers:
-                    self._see(optimizer, 0, [_made_with(group) for group in optimizer.param_groups])
+                    self._see(optimizer, 0, 0, [_made_with(group) for group in optimizer.param_groups])
             self._resting = trainer.lr_scheduler_configs
             trainer.strategy.lr_scheduler_configs = []
 
@@ -189,49 +210,81 @@ class RoundRates:
             self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
 
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Arguments:
-        return after_closure(arguments, settings, lambda: self._settle(optimizer))
+        number = self._made.get(optimizer, 0)
+        self._made[optimizer] = number + 1
+        self._settle(optimizer, number)
+        if isinstance(optimizer, LBFGS):  # has read its rate when it calls its closure
+            return None
+        return after_closure(arguments, settings, lambda: self._settle(optimizer, number))
 
-    def _settle(self, optimizer: Optimizer) -> None:
-        """See the rates of the step to come, or set them."""
-        if self._place is not None:
-            self._see(optimizer, self._place, [group["lr"] for group in optimizer.param_groups])
+    def _settle(self, optimizer: Optimizer, number: int) -> None:
+        """See the rates of a step to come, the one of that number since `begin_step`, or set them."""
+        if self._rates is None:
+            self._see(optimizer, self._place, number, [_rate(group) for group in optimizer.param_groups])
             return
-        rates = dict(zip(self._followed, self._rates, strict=False)).get(optimizer, [])
-        for group, rate in zip(optimizer.param_groups, rates, strict=False):
+        rates = self._replayed(number) if number and self.replays and self._rates else self._rates
+        for group, rate in zip(optimizer.param_groups, _of(rates, self._followed.index(optimizer)), strict=False):
             if rate is not None:
                 _set(group, {"lr": rate})
 
-    def _see(self, optimizer: Optimizer, place: int, rates: Sequence[float | Tensor]) -> None:
+    def _see(self, optimizer: Optimizer, place: int, number: int, rates: Sequence[float | None]) -> None:
         index = self._followed.index(optimizer)
         self._seen += [[] for _ in range(index + 1 - len(self._seen))]
         self._seen_length = place + 1
         groups = self._seen[index]
-        groups += [([], []) for _ in rates[len(groups) :]]  # groups may be added in training
-        for (starts, seen), rate in zip(groups, rates, strict=True):
-            if starts and starts[-1] == place:  # what was there earlier before the same step
-                starts.pop()
-                seen.pop()
-            if not seen or seen[-1] != float(rate):
-                starts.append(place if starts else 0)
-                seen.append(float(rate))
+        groups += [_Seen() for _ in rates[len(groups) :]]  # groups may be added in training
+        for seen, rate in zip(groups, rates, strict=False):  # and go
+            if rate is not None:
+                seen.add(place, number, rate)
 
-    def _wanted(self, trainer: L.Trainer, rounds: Rounds, step: int, peak: float | None) -> list[list[float | None]]:
-        """The rates of a round's step, by optimizer and group; None leaves the rate as it is."""
+    def _replayed(self, number: int) -> list[list[float | None]]:
+        """The rates of the dense phase, for the step of that number since `begin_step`."""
+        return [[seen.at(self._place, number) for seen in groups] for groups in self._seen]
+
+    def _policy(self, step: int, length: int, peak: float | None) -> list[list[float | None]]:
+        """The policy's rates for a round's step; None leaves the rate as it is."""
         if self._dense is None:
-            self._dense = [
-                [DenseRates(tuple(starts), tuple(rates), self._seen_length) for starts, rates in groups]
-                for groups in self._seen
-            ]
-        if not self.replays:
-            scale = 1.0 if peak is None else peak / max(dense.highest for groups in self._dense for dense in groups)
-            policy = [
-                [self.retrain.rate(dense, self._pruned, step, rounds.trained) for dense in groups]
-                for groups in self._dense
-            ]
-            return [[None if rate is None else scale * rate for rate in groups] for groups in policy]
-        if any(isinstance(config.scheduler, ReduceLROnPlateau) for config in trainer.lr_scheduler_configs):
-            return []  # these follow the round
-        return [[dense.at(rounds.replay_from + step) for dense in groups] for groups in self._dense]
+            self._dense = [[seen.dense(self._seen_length) for seen in groups] for groups in self._seen]
+        scale = 1.0 if peak is None else peak / max(rates.highest for groups in self._dense for rates in groups)
+        policy = [[self.retrain.rate(rates, self._pruned, step, length) for rates in groups] for groups in self._dense]
+        return [[None if rate is None else scale * rate for rate in groups] for groups in policy]
+
+
+class _Seen:
+    """The rates that one parameter group has had, and the steps at which each began."""
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []  # place * _AT_A_PLACE + number of the step there
+        self.rates: list[float] = []
+
+    def add(self, place: int, number: int, rate: float) -> None:
+        """The rate of a step is this one; what was seen of the same step before is forgotten."""
+        start = place * _AT_A_PLACE + number
+        if self.starts and self.starts[-1] == start:
+            self.starts.pop()
+            self.rates.pop()
+        if not self.rates or self.rates[-1] != rate:
+            self.starts.append(start if self.starts else 0)
+            self.rates.append(rate)
+
+    def at(self, place: int, number: int) -> float | None:
+        """The rate of a step; None if none was seen."""
+        return self.rates[bisect_right(self.starts, place * _AT_A_PLACE + number) - 1] if self.rates else None
+
+    def dense(self, length: int) -> DenseRates:
+        """What a policy is told: of several steps at one place the last one's rate."""
+        return DenseRates(tuple(start // _AT_A_PLACE for start in self.starts), tuple(self.rates), length)
+
+    def state(self) -> tuple[Tensor, Tensor]:
+        """All of it as tensors."""
+        return torch.tensor(self.starts, dtype=torch.int64), torch.tensor(self.rates, dtype=torch.float64)
+
+    @classmethod
+    def from_state(cls, starts: Tensor, rates: Tensor) -> Self:
+        """That of a `state`."""
+        seen = cls()
+        seen.starts, seen.rates = starts.tolist(), rates.tolist()
+        return seen
 
 
 def fast_forward(trainer: L.Trainer, place: int, steps_per_epoch: int) -> None:
@@ -257,6 +310,15 @@ def _calls(trainer: L.Trainer, config: Any, place: int, steps_per_epoch: int) ->
     return place // steps_per_epoch * len([number for number in stepped if number % config.frequency == 0])
 
 
+def _of(rates: Sequence[Sequence[float | None]], index: int) -> Sequence[float | None]:
+    return rates[index] if index < len(rates) else ()
+
+
+def _rate(group: Mapping[str, Any]) -> float | None:
+    rate = group.get("lr")
+    return None if rate is None else float(rate)
+
+
 def _made_with(group: Mapping[str, Any]) -> float:
     """The rate that stands for a dense phase: that with which the optimizer was made, or a cycle's highest."""
     return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
@@ -269,7 +331,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _set(group: dict[str, Any], settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
-        if isinstance(group.get(key), Tensor):
+        if isinstance(group.get(key), Tensor) and value is not None:
             group[key].fill_(value)  # a compiled or captured step reads this tensor
         else:
             group[key] = copy.deepcopy(value)

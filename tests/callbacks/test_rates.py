@@ -8,10 +8,11 @@ import lightning as L
 import pytest
 import torch
 from callbacks.recording import EPOCH, Record, imp, one_round, recorded
-from conformance.harness import SaveEverywhere, TinyModule, fit
+from conformance.harness import PlainModule, SaveEverywhere, TinyModule, fit
 from timm import scheduler as timm_scheduler
+from timm.optim import Adafactor
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer, lr_scheduler
+from torch.optim import LBFGS, SGD, Adam, Optimizer, lr_scheduler
 
 from sparsetrain import AdaptiveLR, CyclicLR, IterativeMagnitudePruning, LastLR, LinearLR, ReplayLR, ScaledLR
 from sparsetrain.retrain import DenseRates, PruningStep, Retrain
@@ -496,3 +497,113 @@ def test_rates_that_a_module_sets_by_itself_are_those_of_the_dense_phase_in_each
     assert shorter == pytest.approx(2 * whole[: 2 * EPOCH], rel=1e-9)
     policy = trained(imp(length="2ep", dense_length="3ep", retrain=LastLR()), max_epochs=-1)
     assert policy == pytest.approx(whole + 4 * EPOCH * [whole[-1]], rel=1e-9)
+
+
+class SeveralSteps(Moved):
+    """Three steps in each batch, each followed by the scheduler's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        optimizer = SGD(self.parameters(), lr=0.1)
+        return [optimizer], [lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for _ in range(3):
+            loss = super().training_step(batch, batch_idx)
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+            self.lr_schedulers().step()
+
+
+def test_several_steps_in_a_batch_have_their_own_rates_in_each_round():
+    whole = fit(make=SeveralSteps, max_epochs=2).module.used
+    assert len({round(rate, 9) for rate in whole}) == 3 * 2 * EPOCH
+    rates = fit(imp(length="2ep"), make=SeveralSteps, max_epochs=-1).module.used
+    assert rates == pytest.approx(3 * whole, rel=1e-9)
+
+
+def test_a_run_that_is_resumed_within_an_accumulation_has_the_same_rates(tmp_path):
+    saver, settings = SaveEverywhere(tmp_path), {"make": AtBatchStart, "accumulate_grad_batches": 2, "max_epochs": -1}
+    rates = fit(imp(length="2ep"), saver, **settings).module.used
+    amid = [saved for saved in saver.saved if saved.moment == "batch" and saved.batches % EPOCH in (1, 3)]
+    assert len(amid) == 12
+    for saved in amid:
+        part = fit(imp(length="2ep"), ckpt_path=saved.path, **settings).module.used
+        assert part[1:] == pytest.approx(rates[saved.batches + 1 :], rel=1e-9)
+
+
+class NotingLBFGS(LBFGS):
+    """Keeps the rates with which it steps: it reads them before it calls its closure."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.used: list[float] = []
+
+    def step(self, closure: Any) -> Any:
+        self.used.append(self.param_groups[0]["lr"])
+        return super().step(closure)
+
+
+class WithLBFGS(AtBatchStart):
+    def configure_optimizers(self) -> Any:
+        self.optimizer = NotingLBFGS(self.parameters(), lr=0.1, max_iter=2)
+        return self.optimizer
+
+
+@pytest.mark.parametrize("retrain", [ReplayLR(), LastLR()])
+def test_an_optimizer_that_reads_its_rate_before_the_closure_has_those_of_the_policy(retrain):
+    used = fit(imp(length="1ep", retrain=retrain), make=WithLBFGS, max_epochs=-1).module.optimizer.used
+    dense = [0.1 * 0.9**step for step in range(EPOCH)]
+    rounds = dense if isinstance(retrain, ReplayLR) else [dense[-1]] * EPOCH
+    assert used == pytest.approx(dense + 2 * rounds)
+
+
+class FewerGroups(Moved):
+    """Its second epoch goes on with one group of two."""
+
+    def configure_optimizers(self) -> Any:
+        return SGD([{"params": [self.layer.bias]}, {"params": [self.layer.weight], "lr": 0.01}], lr=0.1)
+
+    def on_train_epoch_start(self) -> None:
+        groups = self.trainer.optimizers[0].param_groups
+        if self.current_epoch == 1:
+            groups[0]["params"] += groups.pop()["params"]
+            groups[0]["lr"] = 0.05
+
+
+def test_parameter_groups_may_become_fewer():
+    used = fit(imp(length="2ep"), make=FewerGroups, max_epochs=-1).module.used
+    assert used == pytest.approx(3 * (EPOCH * [0.1] + EPOCH * [0.05]), rel=1e-9)
+
+
+class Successor(Moved):
+    """Adam gives way to SGD in the second epoch."""
+
+    def configure_optimizers(self) -> Any:
+        return Adam(self.parameters(), lr=0.01, weight_decay=0.1)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.trainer.optimizers = [SGD(self.parameters(), lr=0.05)]
+
+
+@pytest.mark.filterwarnings("ignore:.*trainer.optimizers")
+def test_an_optimizer_that_took_anothers_place_keeps_settings_of_its_own():
+    run = fit(imp(length="2ep"), make=Successor, max_epochs=-1)
+    (group,) = run.trainer.optimizers[0].param_groups
+    assert (group["weight_decay"], "betas" in group) == (0, False)
+    assert run.module.used[-EPOCH:] == pytest.approx(EPOCH * [0.05], rel=1e-9)
+
+
+def test_an_optimizer_without_a_rate_is_refused_where_a_policy_sets_rates():
+    class Module(PlainModule):
+        def configure_optimizers(self) -> Any:
+            return Adafactor(self.parameters(), lr=None)
+
+    fit(imp(length="1ep"), make=Module, max_epochs=-1)
+    with pytest.raises(ValueError, match=r"LinearLR sets learning rates, and an optimizer of this module has none"):
+        fit(imp(length="1ep", retrain=LinearLR()), make=Module, max_epochs=-1)

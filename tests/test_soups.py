@@ -448,3 +448,22 @@ def test_a_running_mean_refuses_a_first_member_that_has_diverged():
 def test_one_member_in_the_place_of_a_list_is_refused(members):
     with pytest.raises(ValueError, match=r"are a list of state dicts or files"):
         uniform(members)
+
+
+def test_layers_that_no_batch_reaches_and_frozen_ones_keep_their_statistics():
+    class Module(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.frozen, self.teacher = nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return self.frozen(self.used(x))
+
+    module = Module().eval()
+    for norm in (module.used, module.frozen, module.teacher):
+        norm.running_mean.fill_(5.0)
+    recalibrate(module, [torch.randn(8, 3)], frozen=[module.frozen])
+    assert (module.used.running_mean.abs() < 4).all()
+    for norm in (module.frozen, module.teacher):
+        assert torch.equal(norm.running_mean, torch.full((3,), 5.0))
+        assert torch.equal(norm.running_var, torch.ones(3))

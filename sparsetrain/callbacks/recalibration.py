@@ -25,7 +25,8 @@ def recalibrate(trainer: L.Trainer, pl_module: L.LightningModule, loaders: list[
     """`soups.recalibrate` with a fifth of the batches of the training loader, until 10,000 inputs have been seen.
 
     Of a loader without a length it is so many inputs, or all. Neither the loader's place nor any random stream is
-    moved. On several ranks each looks at its share of the data, and the first one's statistics are taken.
+    moved, and within a fit layers in evaluation mode keep their statistics. On several ranks each looks at its share of
+    the data, and the first one's statistics are taken.
 
     Args:
         trainer: moves the batches and sets the precision.
@@ -43,7 +44,9 @@ def recalibrate(trainer: L.Trainer, pl_module: L.LightningModule, loaders: list[
     with isolate_rng(), trainer.precision_plugin.forward_context():
         limit = None if length is None else -(-length // 5)
         fifth = islice(inputs_of(trainer, pl_module, fresh(loaders[0], derive_seed(seed, "recalibration"))), limit)
-        soups.recalibrate(pl_module, fifth, images=MOST_IMAGES)
+        # In training, those that the user has put into evaluation mode keep what they were trained with.
+        frozen = {layer for layer in pl_module.modules() if trainer.training and not layer.training}
+        soups.recalibrate(pl_module, fifth, images=MOST_IMAGES, frozen=frozen)
     if trainer.world_size > 1:
         trainer.strategy.broadcast(Snapshot.of(pl_module)).restore_(pl_module)
 

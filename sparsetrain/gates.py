@@ -101,6 +101,9 @@ class Gates(nn.Module, ABC):
                 f"The gates of {self.name!r} need a batch of tensors as the first argument; got {found}. Leave it out."
             )
         logits = self.logits(x)
+        if module.training and not torch.is_grad_enabled():  # such as for a metric: the step's own run is what counts
+            self._open = binarize(logits)
+            return
         self.last_logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self._open = binarize(self.last_logits)
 

@@ -77,7 +77,7 @@ class NM(Pattern):
         return shape.numel() // self.m * self.n
 
     def mask(self, score: Tensor, kept: int, cut: float | None = None) -> Tensor:
-        return keep_largest(score, self.n, self.m, self.axis)
+        return keep_largest(score, self.n, self.m, self.axis) if score.numel() else score.bool()
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class TransposableNM(Pattern):
         return shape.numel() // self.m * self.n
 
     def mask(self, score: Tensor, kept: int, cut: float | None = None) -> Tensor:
-        return best_tiles(score, self.n, self.m)
+        return best_tiles(score, self.n, self.m) if score.numel() else score.bool()
 
 
 @dataclass(frozen=True)

@@ -68,9 +68,9 @@ class Selection:
     def _verdict(self, name: str, kind: str) -> tuple[bool, str]:
         """Whether the parameter is pruned, and the reason that the plan prints."""
         for glob in self.exclude:
-            if fnmatchcase(name, glob):
+            if _matches(name, glob):
                 return False, f"excluded by {glob!r}"
-        if not any(fnmatchcase(name, glob) for glob in self.include):
+        if not any(_matches(name, glob) for glob in self.include):
             return False, "not included"
         if self._is_maskable(name, kind):
             return True, "pruned"
@@ -81,10 +81,14 @@ class Selection:
 
     def _check_globs(self, names: list[str]) -> None:
         for glob in (*self.include, *self.exclude) if names else ():
-            if glob in (_FIRST, _LAST) or any(fnmatchcase(name, glob) for name in names):
+            if glob in (_FIRST, _LAST) or any(_matches(name, glob) for name in names):
                 continue
             near = difflib.get_close_matches(glob, names, n=3, cutoff=0.4) or names[:3]
             raise ValueError(f"{glob!r} matches no parameter. Near names: {', '.join(map(repr, near))}.")
+
+
+def _matches(name: str, glob: str) -> bool:
+    return name == glob or fnmatchcase(name, glob)  # names may hold brackets, as keys of a ModuleDict
 
 
 @dataclass(frozen=True)

@@ -289,3 +289,21 @@ def test_channels_are_multiplied_where_the_layer_that_reads_them_has_them(steps)
     gates.detach()
     hidden[..., 1] = 0
     torch.testing.assert_close(made, reader(hidden.transpose(1, 2)))
+
+
+def test_a_run_without_gradients_in_training_leaves_the_logits_of_the_step():
+    torch.manual_seed(0)
+    layer, reader = nn.Linear(4, 3), nn.Linear(3, 2)
+    gates = StaticGates(3, name="layer", axis=-1)
+    gates.attach_channels(layer, reader)
+    x = torch.randn(2, 4)
+    reader(layer(x))
+    before = gates.last_logits
+    assert before.requires_grad
+    with torch.no_grad():
+        reader(layer(x))
+    assert gates.last_logits is before
+    layer.eval()
+    with torch.no_grad():
+        reader(layer(x))
+    assert gates.last_logits is not before

@@ -289,3 +289,9 @@ def test_whole_channels_of_an_empty_weight_are_none(axis):
     shape = torch.Size([0, 4])
     assert Channel(axis).reachable(shape, 0) == 0
     assert Channel(axis).mask(torch.zeros(shape), 0).shape == shape
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(2, 4, axis=0), TransposableNM(2, 4)])
+def test_a_tensor_without_elements_has_a_mask_without_elements(pattern):
+    mask = pattern.mask(torch.empty(0, 8), pattern.reachable(torch.Size((0, 8)), 0))
+    assert (mask.shape, mask.dtype) == ((0, 8), torch.bool)

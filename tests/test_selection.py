@@ -188,3 +188,13 @@ def test_a_row_is_a_value():
         PlanRow("weight", (2, 3), True, "pruned"),
         PlanRow("bias", (2,), False, "bias"),
     )
+
+
+def test_a_name_with_brackets_is_matched_as_it_stands():
+    module = nn.ModuleDict({"fc[1]": nn.Linear(4, 4), "head": nn.Linear(4, 4)})
+
+    def pruned(**settings):
+        return [row.name for row in Selection(**settings).plan(module) if row.pruned]
+
+    assert pruned(include=["fc[1].weight"]) == ["fc[1].weight"]
+    assert pruned(exclude=["fc[1].weight"]) == ["head.weight"]

@@ -663,3 +663,17 @@ def test_a_file_that_lacks_a_tensor_is_refused(tmp_path):
     save_file(saved, file)
     with pytest.raises(ValueError, match=f"lacks '{name}'. Save the network again"):
         load_shrunk(Residual(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [tuple, list, lambda both: dict(zip("ab", both, strict=True))])
+def test_channels_of_an_output_that_the_network_reads_too_are_no_units(kind):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            features = self.b(self.a(x).relu()).relu()
+            return kind((self.head(features), features))
+
+    assert {unit.name[0] for unit in units(Two(), torch.randn(2, 4))} == {"a"}

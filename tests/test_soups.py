@@ -467,3 +467,8 @@ def test_layers_that_no_batch_reaches_and_frozen_ones_keep_their_statistics():
     for norm in (module.frozen, module.teacher):
         assert torch.equal(norm.running_mean, torch.full((3,), 5.0))
         assert torch.equal(norm.running_var, torch.ones(3))
+
+
+def test_complex_tensors_have_distances():
+    one = {"w": torch.tensor([1 + 1j, 2j])}
+    assert distances([one, {"w": one["w"] + (3 + 4j)}])[0, 1] == pytest.approx(50**0.5)

@@ -89,6 +89,7 @@ class OptimizerFollower:
             held = set(self._parameters[optimizer])
             if names := [name for name in self.masks if id(self.masks.parameter(name)) in held]:
                 self.names[optimizer] = names
+                patch_step(optimizer)
                 self._handles.append(optimizer.register_step_pre_hook(self.begins))
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
@@ -111,6 +112,11 @@ class OptimizerFollower:
         if optimizer is self.counted and self._to_count:
             self._to_count = False
             self.count()
+
+
+def patch_step(optimizer: Optimizer) -> None:
+    """Let `step` call hooks also where the optimizer wraps another one without being made as one (timm's Lookahead)."""
+    optimizer._patch_step_function()
 
 
 def after_closure(arguments: tuple[Any, ...], settings: dict[str, Any], act: Callable[[], None]) -> Arguments:

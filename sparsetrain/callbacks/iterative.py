@@ -253,6 +253,11 @@ class IterativeMagnitudePruning(SparsityCallback):
             place = self._place(trainer, batch_idx - batch_idx % trainer.accumulate_grad_batches)
         if place is None:
             return
+        if self._unit == "it" and place != trainer.global_step and not is_fast_dev_run(trainer):
+            raise ValueError(
+                f"The module has made {trainer.global_step} optimizer steps in {place} batches, and rounds in steps "
+                "are counted by batches. Give all lengths in epochs."
+            )
         if self.leg == 0:
             self._prepare_rounds(trainer, pl_module, place)
         if self.rounds.at(place) > self.leg:
@@ -411,10 +416,8 @@ class IterativeMagnitudePruning(SparsityCallback):
     def _set_optimizers_back(self, trainer: L.Trainer) -> None:
         if self.optimizer_state == "keep":
             return
-        for optimizer in trainer.optimizers:
-            optimizer.state.clear()
-        if self._optimizers is not None:
-            self._optimizers.restore_(trainer.optimizers)
+        empty = OptimizerSnapshot([{"names": (), "state": {}}] * len(trainer.optimizers))
+        (self._optimizers or empty).restore_(trainer.optimizers)  # by loading: an optimizer may wrap another one
         trainer.precision_plugin.load_state_dict(self._scaler)  # gradients are scaled as for a fresh optimizer
 
     def _reseed_loaders(self, trainer: L.Trainer, leg: int) -> None:

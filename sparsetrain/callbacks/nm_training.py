@@ -246,7 +246,7 @@ class NMTraining(SparsityCallback):
         """
         trained = set() if self._optimizers is None else self._optimizers.followed
         for name, layer in self._layers.items():
-            if name in trained and layer.stale:
+            if name in trained and layer.weight.requires_grad and layer.stale:
                 layer.refresh_(self._dtype)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *arguments: Any) -> None:

@@ -13,7 +13,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
-from sparsetrain.callbacks.follower import Arguments, after_closure
+from sparsetrain.callbacks.follower import Arguments, after_closure, patch_step
 from sparsetrain.callbacks.trainer import is_fast_dev_run
 from sparsetrain.retrain import DenseRates, PruningStep, ReplayLR, Retrain
 from sparsetrain.rounds import Rounds
@@ -207,6 +207,8 @@ class RoundRates:
             for handle in self._handles:
                 handle.remove()
             self._followed = list(optimizers)
+            for optimizer in optimizers:
+                patch_step(optimizer)
             self._handles = [optimizer.register_step_pre_hook(self._before_step) for optimizer in optimizers]
 
     def _before_step(self, optimizer: Optimizer, arguments: tuple[Any, ...], settings: dict[str, Any]) -> Arguments:

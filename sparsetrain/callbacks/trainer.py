@@ -152,5 +152,6 @@ def forget_compiled(pl_module: L.LightningModule) -> None:
 
 def is_compiled(pl_module: L.LightningModule) -> bool:
     """Whether the module, or a part of it, is compiled."""
-    parts = any(part._compiled_call_impl for part in pl_module.modules())
+    wrapped = torch._dynamo.eval_frame.OptimizedModule
+    parts = any(part._compiled_call_impl or isinstance(part, wrapped) for part in pl_module.modules())
     return parts or getattr(pl_module, "_compiler_ctx", None) is not None

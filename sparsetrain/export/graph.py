@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils._pytree import tree_leaves
 
 from sparsetrain.export.architecture import out_dim
 from sparsetrain.export.attention import Attention, attentions
@@ -175,7 +176,7 @@ def _trace(model: nn.Module, example_input: Tensor) -> tuple[Any, tuple[type, ..
     try:
         with torch.enable_grad():
             graph = torch_pruning.DependencyGraph().build_dependency(
-                model, example_input, forward_fn=lambda module, batch: module(batch), verbose=False
+                model, example_input, forward_fn=_outputs, verbose=False
             )
     except Exception as error:
         raise ValueError(
@@ -183,6 +184,11 @@ def _trace(model: nn.Module, example_input: Tensor) -> tuple[Any, tuple[type, ..
             f"{type(error).__name__}: {error}. Give an example that the model takes, or remove no channels from it."
         ) from error
     return graph, operations
+
+
+def _outputs(module: nn.Module, batch: Tensor) -> list[Tensor]:
+    """What `module` returns, each tensor as the end of its own: the network may read it, too."""
+    return [leaf * 1 for leaf in tree_leaves(module(batch)) if isinstance(leaf, Tensor)]
 
 
 def _places(layer: Any, reads: bool, network: _Network) -> tuple[list[_Place], str]:

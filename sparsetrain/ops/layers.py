@@ -24,6 +24,7 @@ _OWN = (
     "_compressed",
     "_fresh",
     "_seen",
+    "_of",
 )  # what conversion adds
 
 
@@ -40,6 +41,7 @@ class _Effective(nn.Module):
     _compressed: tuple[Tensor, Tensor] | None
     _fresh: bool  # whether forwards use the cache
     _seen: int  # the weight's version when the cache was made; compiled forwards must not read it
+    _of: tuple[int, int]  # which weight that was, and where; another one may lie in its place for a call
 
     @property
     def mask(self) -> Tensor:
@@ -52,16 +54,18 @@ class _Effective(nn.Module):
         They come from the cache if `refresh_` has filled it for that dtype and device, else from the present weights.
         """
         dtype = autograd.compute_dtype(self.weight)
-        if self._fresh and self._cached is not None and self._is_for(dtype, self._cached[0]):
+        if self._is_present and self._cached is not None and self._is_for(dtype, self._cached[0]):
             return self._cached
         return self.rule.weights(self.weight, dtype, mask=self._held)
 
     def refresh_(self, dtype: torch.dtype | None = None) -> None:
         """Compute the effective weights now; every forward uses them until the next `refresh_` or `forget`.
 
-        Call it after each change of the weight: a forward does not notice one. The cache keeps its storage as long as
-        dtype, device and shape stay, so compiled graphs remain valid; a graph whose backward has yet to run is then
-        refused by autograd ("modified by an inplace operation").
+        Call it after each change of the weight. A forward that finds the weight written in place, or another one in its
+        place (`torch.func.functional_call`), computes them anew; one that is compiled does not, and neither is writing
+        through `.data` noticed. The cache keeps its storage as long as dtype, device and shape stay, so compiled graphs
+        remain valid; a graph whose backward has yet to run is then refused by autograd ("modified by an inplace
+        operation").
 
         Args:
             dtype: the compute dtype, as bfloat16 under autocast; None: the weight's own.
@@ -69,7 +73,7 @@ class _Effective(nn.Module):
         # Lightning validates in inference mode; tensors made there could not be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
             dtype = dtype or self.weight.dtype
-            self._fresh, self._seen = True, self.weight._version
+            self._fresh, self._seen, self._of = True, self.weight._version, _identity(self.weight)
             if self.runs_sparse(dtype):
                 new, self._cached = self._compress(dtype), None
                 if self._compressed is None or any(map(_differ, self._compressed, new)):
@@ -88,6 +92,14 @@ class _Effective(nn.Module):
     def stale(self) -> bool:
         """Whether `refresh_` is due: after `forget`, or because the weight has been written in place since."""
         return not self._fresh or self._seen != self.weight._version
+
+    @property
+    def _is_present(self) -> bool:
+        """Whether the cache is of the present weight, as far as that can be seen."""
+        if not self._fresh or torch.compiler.is_compiling():
+            return self._fresh
+        weight = self.weight
+        return not weight.is_inference() and self._seen == weight._version and self._of == _identity(weight)
 
     def add_decay_(self, decay: float) -> None:
         """Add decay * (1 - mask) * weight to the weight's gradient, which there must be (SR-STE)."""
@@ -147,7 +159,7 @@ class _Effective(nn.Module):
     def _sparse_product(self, x: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """The product of x [..., in] by sparse kernels, from the cache if it is of this dtype."""
         operands = self._compressed
-        if not self._fresh or operands is None or not self._is_for(dtype, operands[0]):
+        if not self._is_present or operands is None or not self._is_for(dtype, operands[0]):
             operands = self._compress(dtype)
         algorithms = (0, 0) if self.algorithms is None else self.algorithms.at(x.numel() // x.shape[-1])
         sparse_backward = self.rule.backward != "dense"
@@ -275,7 +287,7 @@ def make_effective(layers: Iterable[Any], rule: NMRule) -> None:
         layer.__class__ = _EFFECTIVE[type(layer)]
         layer.rule, layer.backend, layer.algorithms, layer.called = rule, "reference", None, False
         layer._held = layer._cached = layer._compressed = None
-        layer._fresh, layer._seen = False, 0
+        layer._fresh, layer._seen, layer._of = False, 0, (0, 0)
 
 
 def effective_layers(module: nn.Module) -> Iterator[tuple[str, EffectiveLayer]]:
@@ -329,6 +341,10 @@ def _obstacle(root: nn.Module, owner: str, attribute: str, names: list[str]) -> 
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return "nn.TransformerEncoderLayer's fast path skips the layer: torch.backends.mha.set_fastpath_enabled(False)"
     return None
+
+
+def _identity(weight: Tensor) -> tuple[int, int]:
+    return id(weight), weight.data_ptr()
 
 
 def _fits(cached: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:

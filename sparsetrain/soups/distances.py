@@ -23,10 +23,11 @@ def distances(members: Sequence[Member]) -> Tensor:
     with opened(members) as sources:
         squares = torch.zeros(len(sources), len(sources), dtype=torch.float64)
         for name, (shape, dtype) in common_kinds(sources).items():
-            if not dtype.is_floating_point or name.rpartition(".")[2] in STATISTICS:
+            if not (dtype.is_floating_point or dtype.is_complex) or name.rpartition(".")[2] in STATISTICS:
                 continue
             for part in parts(shape.numel()):
-                pieces = [source.read(name, part).to(torch.float64, copy=True) for source in sources]
+                read = (source.read(name, part) for source in sources)
+                pieces = [(torch.view_as_real(x) if dtype.is_complex else x).to(torch.float64, copy=True) for x in read]
                 for i, one in enumerate(pieces):
                     for j, other in enumerate(pieces[:i]):
                         # Where both are the same infinity, their difference is NaN.

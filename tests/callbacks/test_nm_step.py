@@ -33,6 +33,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from sparsetrain import BidirectionalWeightPruning, ops
+from sparsetrain.ops.layers import _Effective
 
 RUNS: list[Any] = [
     pytest.param(mlp, lambda: BDWP(), {"masks": both_directions(2, 4), "dense": [4]}, id="bdwp-mlp"),
@@ -194,12 +195,14 @@ class MadeOnce(BidirectionalWeightPruning):
             super().make_weights()
 
 
-def test_effective_weights_that_outlive_a_step_train_another_network():
+def test_effective_weights_that_outlive_a_step_train_another_network(monkeypatch):
     net = seeded(mlp)
     data = batches(net, 3)
     expected = list(Matrices(net, both_directions(2, 4), dense=[4]).train(data))
     stale, fresh = Master(), Master()
-    train(Regression(deepcopy(net)), data, MadeOnce(), stale, precision="64-true")
+    with monkeypatch.context() as patched:  # layers look at versions, too, where they are not compiled
+        patched.setattr(_Effective, "_is_present", property(lambda layer: layer._fresh))
+        train(Regression(deepcopy(net)), data, MadeOnce(), stale, precision="64-true")
     train(Regression(deepcopy(net)), data, BDWP(), fresh, precision="64-true")
 
     def equal(record: Master, step: int) -> bool:
@@ -291,3 +294,30 @@ def test_under_bfloat16_autocast_a_step_equals_the_one_without_kept_weights():
     train(Regression(deepcopy(net)), data, Uncached(decay=0.1), uncached, dtypes, precision="bf16-mixed")
     assert dtypes.found == set()
     assert_same(kept.masters, uncached.masters)
+
+
+class SharpnessAware(Regression):
+    """Two gradients a step: the second one where the weights have been moved along the first one."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.automatic_optimization = False
+        self.found: list[tuple[Tensor, Tensor]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        for _ in range(2):
+            x = batch[0].double()
+            layer = self.net[0]
+            expected = nn.functional.linear(x, layer.rule.weights(layer.weight.detach(), x.dtype)[0], layer.bias)
+            self.found.append((layer(x).detach(), expected.detach()))
+            with torch.no_grad():
+                layer.weight.add_(torch.randn_like(layer.weight))
+
+
+def test_weights_that_the_module_moves_within_a_batch_are_those_that_are_multiplied():
+    net = seeded(mlp)
+    module = SharpnessAware(net)
+    train(module, batches(net, 3), BDWP(), precision="64-true")
+    assert len(module.found) == 6
+    for found, expected in module.found:
+        assert torch.equal(found, expected)

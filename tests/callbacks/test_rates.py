@@ -10,7 +10,7 @@ import torch
 from callbacks.recording import EPOCH, Record, imp, one_round, recorded
 from conformance.harness import PlainModule, SaveEverywhere, TinyModule, fit
 from timm import scheduler as timm_scheduler
-from timm.optim import Adafactor
+from timm.optim import Adafactor, Lookahead
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer, lr_scheduler
 
@@ -607,3 +607,28 @@ def test_an_optimizer_without_a_rate_is_refused_where_a_policy_sets_rates():
     fit(imp(length="1ep"), make=Module, max_epochs=-1)
     with pytest.raises(ValueError, match=r"LinearLR sets learning rates, and an optimizer of this module has none"):
         fit(imp(length="1ep", retrain=LinearLR()), make=Module, max_epochs=-1)
+
+
+def test_rounds_in_steps_are_refused_where_a_batch_has_several():
+    with pytest.raises(ValueError, match=r"has made 3 optimizer steps in 1 batches.* Give all lengths in epochs"):
+        fit(imp(length="6it"), make=SeveralSteps, max_epochs=-1)
+
+
+@pytest.mark.filterwarnings("ignore:.*lr_scheduler.step")
+def test_an_optimizer_that_wraps_another_one_is_counted_and_reset():
+    class Module(PlainModule):
+        def configure_optimizers(self) -> Any:
+            return Lookahead(SGD(self.parameters(), lr=0.1, momentum=0.9), k=2)
+
+    class States(L.Callback):
+        def __init__(self) -> None:
+            self.found: list[int] = []
+
+        def on_before_optimizer_step(self, trainer: L.Trainer, *_: Any) -> None:
+            self.found.append(len(trainer.optimizers[0].state_dict()["state"]))
+
+    states = States()
+    run = fit(imp(rounds=1, length="1ep", optimizer_state="reset"), states, make=Module, max_epochs=-1)
+    assert run.callback.step == 2 * EPOCH
+    assert states.found[0] == states.found[EPOCH] == 0
+    assert states.found[EPOCH - 1] > 0

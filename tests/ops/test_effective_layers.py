@@ -221,19 +221,27 @@ def test_a_failed_conversion_leaves_the_module_alone():
 
 
 @pytest.mark.parametrize("backward", BACKWARDS)
-def test_the_cache_serves_until_it_is_refreshed_in_place_or_forgotten(backward):
+def test_the_cache_serves_until_it_is_refreshed_in_place_forgotten_or_seen_to_be_old(backward):
     layer, x = nn.Linear(8, 8), torch.randn(3, 8)
     convert(layer, NMRule(2, 4, backward=backward))
     layer.refresh_()
     old, tensors = layer(x), layer.effective()
     pointers = [tensor.data_ptr() for tensor in tensors]
+    layer.weight.data.copy_(torch.randn(8, 8))  # which leaves no sign
+    assert torch.equal(layer(x), old)
+    assert not layer.stale
     with torch.no_grad():
         layer.weight.copy_(torch.randn(8, 8))
-    assert torch.equal(layer(x), old)
     assert layer.stale
+    seen = layer(x)
     layer.refresh_()
     assert not layer.stale
     new = layer(x)
+    assert torch.equal(new, seen)
+    other = {"weight": torch.randn(8, 8), "bias": layer.bias.detach()}
+    plain = nn.functional.linear(x, layer.rule.weights(other["weight"], torch.float32)[0], layer.bias)
+    assert torch.equal(torch.func.functional_call(layer, other, (x,)), plain)
+    assert torch.equal(layer(x), new)
     assert [tensor.data_ptr() for tensor in layer.effective()] == pointers
     assert (tensors[0] is tensors[1]) == (backward != "bidirectional")
     assert not torch.equal(new, old)

@@ -50,7 +50,9 @@ class NMTraining(SparsityCallback):
     left: those of the tail, or those before it.
 
     Effective weights are made once for an optimizer step, at the start of the next batch. Whatever writes weights
-    before that, in hooks of the module or other callbacks, is seen. Writing into the tensors of a `state_dict` is not:
+    before that, in hooks of the module or other callbacks, is seen; later, within the batch, writing in place is, but
+    through `.data` or in compiled code it is not. A use of a weight beside its layer's own call, as that of a tied
+    decoder, has the dense master until the end of the fit. Writing into the tensors of a `state_dict` is not:
     those of these layers are copies, so averages have to go through `parameters()`.
 
     Args:

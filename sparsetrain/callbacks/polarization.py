@@ -66,7 +66,9 @@ class PolarizationGating(SparsityCallback):
 
     At `extract_at` the gates are looked at over all training data, in evaluation mode; those open for the fewest
     examples are closed until the budget is met, and of them those that still fit are opened again. Of a loader without
-    a length the first 10,000 examples are looked at; static gates need none. The weights that read closed channels
+    a length the first 10,000 examples are looked at; static gates need none. `forward` is called there, and for batch
+    norm, with the first part of each batch as the loader and the transfer hooks give it: normalize in one of these or
+    in `forward`, not in `training_step`. The weights that read closed channels
     become 0 and are masked from there on; of closed blocks, those of linear layers and convolutions and what closes the
     block do, such as its last batch norm. Batch norm's statistics are computed anew, and the gates are gone: the rest
     of the run is plain training of the static network. After the fit, `export.shrink` makes it small:

@@ -25,7 +25,8 @@ class SparseModelSoup(IterativeMagnitudePruning):
     the last leg the ingredients become their mean, the soup, and batch norm's statistics are computed anew, on a fixed
     sample of the training data; so the validation, checkpoint and metrics at the end of a round are of the soup, and
     those at the ends of other legs of an ingredient. The next round prunes the soup. All ingredients of a round share
-    its masks, and so does the soup.
+    its masks, and so does the soup. For batch norm `forward` is called with the first part of each batch as the loader
+    and the transfer hooks give it: normalize in one of these or in `forward`, not in `training_step`.
 
     The Trainer has to be `dense_length + rounds * ingredients * round_length` long, or has `max_epochs=-1`. With one
     ingredient this is iterative magnitude pruning whose batch norm is recalibrated: the control to compare with.

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -180,11 +181,13 @@ def _decide(
     if not tokens:
         return Decision(name, "reference", "not called in the first step")
     shape = (*layer.weight.shape[:2], tokens, layer.bias is not None)
-    try:
-        if shape not in measured:
-            measured[shape] = _measure(layer, backend, tokens, dtype, cache)
-    except RuntimeError as error:
-        return Decision(name, "reference", f"its 2:4 kernels failed at {tokens} tokens: {error}")
+    if shape not in measured:
+        device = layer.weight.device
+        try:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                measured[shape] = _measure(layer, backend, tokens, dtype, cache)
+        except (RuntimeError, OSError) as error:
+            measured[shape] = Decision("", "reference", f"its 2:4 kernels failed at {tokens} tokens: {error}")
     return replace(measured[shape], name=name)
 
 

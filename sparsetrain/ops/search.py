@@ -6,6 +6,7 @@ are tried in another process, which is started again behind the one that ended i
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ ERROR = 1e-2  # largest error allowed, relative to the largest number of the res
 _ALGORITHMS = range(100)  # there are fewer; a number that does not exist is refused at once
 _INPUTS, _REPEATS, _ROUNDS = 3, 10, 9
 _DEATHS, _TIMEOUT_S = 5, 180.0
+_OURS = "sparsetrain: "  # begins each line that the process writes for this one
 
 
 @dataclass(frozen=True)
@@ -91,14 +93,16 @@ class Cache:
     """Algorithms found before, in a JSON file; of equal cuSPARSELt version, GPU and product only.
 
     Args:
-        path: the file; made with its folder at the first `put`.
+        path: the file; made at the first `put`. Its folder is made now.
 
     Raises:
         ValueError: the file is there and is something else.
+        OSError: it cannot be read, or its folder not be made.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._read()
 
     def get(self, product: Product) -> int | None:
@@ -109,10 +113,9 @@ class Cache:
     def put(self, product: Product, algorithm: int) -> None:
         """Keep `algorithm` for `product` on this GPU."""
         content = {**self._read(), _key(product): algorithm}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-            file.write(json.dumps(content, indent=1) + "\n")
-        Path(file.name).replace(self.path)  # as a whole: another process may read it
+        new = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
+        new.write_text(json.dumps(content, indent=1) + "\n")
+        new.replace(self.path)  # as a whole: another process may read it
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -172,6 +175,7 @@ def sweep(product: Product, *, command: Sequence[str] | None = None, timeout_s: 
     """
     if command is None:
         _check_here(product.dtype)
+        torch.cuda.empty_cache()  # the process needs memory of the same GPU
         run = f"import sys; from {__name__} import main; main(*sys.argv[1:])"
         command = (sys.executable, "-c", run, str(torch.cuda.current_device()))
     trials: list[Trial] = []
@@ -202,7 +206,9 @@ def _run(
     task = {**asdict(product), "dtype": str(product.dtype).removeprefix("torch."), "first": first}
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         try:
-            done = subprocess.run([*command, json.dumps(task)], stdout=output, stderr=errors, timeout=timeout_s)
+            done = subprocess.run(
+                [*command, json.dumps(task)], stdout=output, stderr=errors, timeout=timeout_s, env=_environment()
+            )
             errors.seek(0)
             end = f"exit status {done.returncode}, {errors.read()[-500:].strip()}" if done.returncode else None
         except subprocess.TimeoutExpired:
@@ -210,14 +216,19 @@ def _run(
         output.seek(0)
         reached, trials = None, []
         for line in output:
-            if not line.endswith("\n"):
-                break  # cut off by the end of the process
-            entry = json.loads(line)
+            if not (line.startswith(_OURS) and line.endswith("\n")):
+                continue  # cut off by the end of the process, or a library's
+            entry = json.loads(line.removeprefix(_OURS))
             if isinstance(entry, int):
                 reached = entry
             else:
                 trials.append(Trial(**entry))
     return reached, trials, end
+
+
+def _environment() -> dict[str, str]:
+    """Lets the process find what this one has found, as from a path that a notebook has added."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def _key(product: Product) -> str:
@@ -292,4 +303,4 @@ def main(index: str, task: str) -> None:
     device = torch.device("cuda", int(index))
     torch.cuda.set_device(device)
     for entry in try_algorithms(product, first, device, multiply=_multiply, time_us=event_us):
-        print(json.dumps(entry if isinstance(entry, int) else asdict(entry)), flush=True)
+        print(_OURS + json.dumps(entry if isinstance(entry, int) else asdict(entry)), flush=True)

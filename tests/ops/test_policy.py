@@ -305,14 +305,21 @@ def test_a_decision_is_restored_from_primitives(found):
 
 
 def test_a_layer_whose_search_fails_stays_on_the_reference_and_says_so(as_if_sparse, monkeypatch, tmp_path):
+    searched = []
+
     def best_algorithm(product, cache):
+        searched.append(product)
         raise RuntimeError("The default algorithm failed")
 
     monkeypatch.setattr(search, "best_algorithm", best_algorithm)
-    module = nn.Linear(32, 16)
+    module = nn.Sequential(nn.Linear(32, 16), nn.Sequential(nn.Linear(16, 32), nn.Linear(32, 16)))
     convert(module, NMRule(2, 4))
-    (decision,) = decide(module, "auto", cache=search.Cache(tmp_path / "algorithms.json"))
-    assert decision.reason == "its 2:4 kernels failed at 64 tokens: The default algorithm failed"
+    decisions = decide(module, "auto", cache=search.Cache(tmp_path / "algorithms.json"))
+    assert {decision.reason for decision in decisions} == {
+        "its 2:4 kernels failed at 64 tokens: The default algorithm failed"
+    }
+    assert [decision.name for decision in decisions] == ["0", "1.0", "1.1"]
+    assert len(searched) == 2  # once for each shape
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -24,7 +24,8 @@ task = json.loads(sys.argv[2])
 with Path(sys.argv[1]).open("a") as starts:
     starts.write(str(task["first"]) + "\\n")
 for algorithm in range(task["first"], 6):
-    print(algorithm, flush=True)
+    print("a library says hello", flush=True)
+    print("sparsetrain:", algorithm, flush=True)
     if algorithm == 1:
         os.abort()
     if algorithm == 2:
@@ -32,11 +33,11 @@ for algorithm in range(task["first"], 6):
     if algorithm == 3:
         continue
     if algorithm == 4:
-        print('{"algorithm": 4, "err', end="", flush=True)
+        print('sparsetrain: {"algorithm": 4, "err', end="", flush=True)
         os._exit(3)
     time_us = 100.0 - 10.0 * algorithm
     trial = {"algorithm": algorithm, "error": 1e-3, "stable": True, "time_us": time_us, "default_us": 100.0}
-    print(json.dumps(trial), flush=True)
+    print("sparsetrain:", json.dumps(trial), flush=True)
 """
 
 
@@ -55,9 +56,12 @@ def test_crashing_hanging_refused_and_half_written_trials_are_survived(tmp_path)
     ("code", "reason"),
     [
         ("raise SystemExit('no such device')", "exit status 1, no such device"),
-        ("print(0); raise SystemExit(2)", "exit status 2"),
-        ("print(0); print(1)", "it was refused"),
-        (f"print(0); print('{json.dumps({**GOOD.__dict__, 'error': math.nan})}')", "error=nan"),
+        ("print('sparsetrain: 0'); raise SystemExit(2)", "exit status 2"),
+        ("print('sparsetrain: 0'); print('sparsetrain: 1')", "it was refused"),
+        (
+            f"print('sparsetrain: 0'); print('sparsetrain: {json.dumps({**GOOD.__dict__, 'error': math.nan})}')",
+            "error=nan",
+        ),
     ],
 )
 def test_a_default_algorithm_that_fails_is_an_error_with_the_reason(code, reason):
@@ -192,6 +196,9 @@ def test_the_cache_is_used_for_equal_library_gpu_and_product_only(gpu, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU B")
     assert cache.get(PRODUCT) is None
     assert [path.name for path in cache.path.parent.iterdir()] == ["algorithms.json"]
+    beside = cache.path.with_name("other")
+    beside.touch()
+    assert cache.path.stat().st_mode == beside.stat().st_mode  # others may read it
 
 
 @pytest.mark.parametrize("content", ["{", "[]"])

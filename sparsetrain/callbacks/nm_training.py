@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from sparsetrain import ops
@@ -205,6 +206,12 @@ class NMTraining(SparsityCallback):
             layer.called = False
 
     def take_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for name, layer in ops.effective_layers(pl_module):
+            if is_parametrized(layer):
+                raise ValueError(
+                    f"The weight of {name!r} was parametrized after {type(self).__name__} had converted the layer. Do "
+                    "it in __init__, where it stays dense, or add it to `exclude`."
+                )
         self._bind(pl_module)
         self._check_owner(trainer)
         on_step = partial(self._after_counted_step, trainer, pl_module)

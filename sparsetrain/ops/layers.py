@@ -308,7 +308,11 @@ def unconvert(module: nn.Module) -> tuple[nn.Module, ...]:
     for layer in layers:
         for attribute in _OWN:
             delattr(layer, attribute)
-        layer.__class__ = _PLAIN[type(layer)]
+        kind = type(layer)
+        if kind in _PLAIN:
+            layer.__class__ = _PLAIN[kind]
+        else:  # torch.nn.utils.parametrize has made a class of its own for the layer
+            kind.__bases__ = tuple(_PLAIN.get(base, base) for base in kind.__bases__)
     return layers
 
 

@@ -10,7 +10,7 @@ from conformance.harness import PlainModule, fit
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
-from sparsetrain import GradualMagnitudePruning, OneShot, Pruning, Selection, SparsityCallback
+from sparsetrain import GradualMagnitudePruning, OneShot, Pruning, Selection, SparsityCallback, ops
 
 
 class Mixed(nn.Module):
@@ -201,3 +201,16 @@ def test_a_checkpoint_with_an_average_is_not_resumed_without_it(tmp_path):
         ),
     ):
         fit(BDWP(), ckpt_path=saver.full)
+
+
+def test_a_layer_that_is_parametrized_after_its_conversion_is_refused_and_given_back():
+    class Late(PlainModule):
+        def on_fit_start(self) -> None:
+            nn.utils.parametrizations.spectral_norm(self.body[5])
+
+    module = Late()
+    with pytest.raises(ValueError, match=r"weight of 'body\.5' was parametrized after BidirectionalWeightPruning"):
+        fit(BDWP(), make=lambda: module)
+    assert not list(ops.effective_layers(module))
+    assert module(torch.randn(2, 1, 4, 4)).shape == (2, 3)
+    assert isinstance(module.body[5], nn.Linear)

@@ -9,6 +9,7 @@ from itertools import product
 from typing import Literal
 
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -155,7 +156,7 @@ def operations(
         module: any module.
         gated: what has gates.
         example_input: a batch, shape (batch, ...).
-        measure: FLOPs of one example, as `report.cost` counts them, or parameters.
+        measure: FLOPs of one example, as `report.cost` counts them, or parameters, of what `forward` runs.
     """
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     held: dict[str, dict[int, dict[str | None, int]]] = {}  # tensor -> dimension -> gates -> places along it
@@ -170,7 +171,8 @@ def operations(
     owners = {layer.units[0].name.partition("[")[0]: layer.name for layer in gated}
     products = {f"{owner}.weight": name for owner, name in owners.items() if owner != name}  # of attention
     if measure == "params":
-        costs = {name: shape.numel() for name, shape in shapes.items()}
+        used = _used(module, example_input)
+        costs = {name: shape.numel() for name, shape in shapes.items() if name in used}
     else:
         costs = {f"{name}.weight": flops for name, flops in cost(module, example_input).items()}
     made = []
@@ -185,6 +187,30 @@ def operations(
             share = math.prod(part for part, _ in parts)
             made.append(Operation(whole * share, (*around, *(name for _, name in parts if name is not None))))
     return tuple(made)
+
+
+def _used(module: nn.Module, example_input: Tensor) -> set[str]:
+    """The parameters of what a forward pass calls, and of the children of that, which it may use without a call.
+
+    What else `module` holds, such as a teacher, is no part of its cost.
+    """
+    called: set[nn.Module] = set()
+    handles = [part.register_forward_pre_hook(lambda part, _: called.add(part)) for part in module.modules()]
+    training = {part: part.training for part in module.modules()}
+    try:
+        for part in training:
+            part.training = False  # by attribute: `eval` of a module may do more
+        with torch.no_grad(), isolate_rng():
+            module(example_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for part, was in training.items():
+            part.training = was
+    parts = {name: part for name, part in module.named_modules() if part in called}
+    inner = {f"{name}.{child}" for name, part in parts.items() if name for child, _ in part.named_children()}
+    owners = parts.keys() | inner
+    return {name for name, _ in module.named_parameters() if name.rpartition(".")[0] in owners}
 
 
 def masked(module: nn.Module, gated: Sequence[Gated]) -> tuple[str, ...]:

@@ -91,7 +91,7 @@ class PolarizationGating(SparsityCallback):
     Args:
         granularity: "channel" (channels, hidden units and heads) or "layer" (whole blocks).
         sparsity: the share of the dense cost to remove, in (0, 1).
-        measure: the cost, "flops" or "params".
+        measure: the cost, "flops" or "params", of what `forward` runs.
         extract_at: the optimizer step at which the static network is extracted, at least 1.
         begin: where s(t) begins to grow,
         end: and where it is `sparsity`.

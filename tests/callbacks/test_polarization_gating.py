@@ -581,3 +581,18 @@ def test_settings_out_of_range_are_refused_at_construction(settings, message):
 def test_what_does_not_fit_the_module_or_the_run_is_refused_before_a_step(settings, make, message):
     with pytest.raises(ValueError, match=message):
         fit(gating(**settings), make=make)
+
+
+def test_parameters_that_forward_does_not_run_are_no_part_of_the_cost():
+    class Student(PlainModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.teacher = nn.Sequential(nn.Linear(16, 1000), nn.Linear(1000, 3))
+            self.spare = nn.Linear(16, 16)
+
+    example = torch.zeros(1, 1, 4, 4)
+    for make in (PlainModule, Student):
+        model = make()
+        layers = gated_layers(model, export.units(model, example), Selection())
+        whole = sum(one.cost for one in operations(model, layers, example, "params"))
+        assert whole == sum(parameter.numel() for parameter in PlainModule().parameters())

@@ -68,9 +68,9 @@ class Shrinking(L.Callback):
 
     Raises:
         ValueError: a length that is none; at the start of the fit, one beyond the run or before the method's last
-            update, no method or one that does not go with it, several devices, averages of weights, no example, a
-            module that cannot be traced or run in float64, or an optimizer whose state cannot be cut; on loading, a
-            checkpoint that belongs to another module.
+            update, no method or one that does not go with it, several devices, averages of weights, checkpoints
+            of weights alone, no example, a module that cannot be traced or run in float64, or an optimizer whose state
+            cannot be cut; on loading, a checkpoint that belongs to another module.
         ImportError: at the start of the fit, torch-pruning is missing.
     """
 
@@ -99,6 +99,11 @@ class Shrinking(L.Callback):
         if stage == "fit":
             self._begin()
             self._method = _method(trainer)
+            if any(getattr(callback, "save_weights_only", False) for callback in callbacks_of(trainer)):
+                raise ValueError(
+                    "A checkpoint of weights alone (save_weights_only=True) does not say what Shrinking has left of "
+                    "the network, so nothing could load it. Save whole checkpoints, or use export.save_shrunk at the end."
+                )
         self._loading = _ShrinkFirst(pl_module, self._take_over)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

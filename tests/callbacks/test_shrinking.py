@@ -20,7 +20,7 @@ from conformance.harness import (
     make_trainer,
 )
 from conformance.test_exact_resume import resumed_differences
-from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import Tensor, nn
 
@@ -452,3 +452,9 @@ def test_a_checkpoint_of_another_module_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has already shrunk, .* Give it as it was before"):
         fit(pruning(), shrinking(15), make=lambda: run.module, ckpt_path=tmp_path / "dense" / "000-001-batch.ckpt")
     assert dense.module.head.in_features == 8
+
+
+def test_checkpoints_of_weights_alone_are_refused_as_nothing_could_load_them(tmp_path):
+    saver = ModelCheckpoint(tmp_path, save_weights_only=True)
+    with pytest.raises(ValueError, match=r"save_weights_only=True\) does not say what Shrinking has left"):
+        fit(gating(), shrinking(), saver, make=PlainModule)

@@ -102,7 +102,7 @@ class Shrinking(L.Callback):
             if any(getattr(callback, "save_weights_only", False) for callback in callbacks_of(trainer)):
                 raise ValueError(
                     "A checkpoint of weights alone (save_weights_only=True) does not say what Shrinking has left of "
-                    "the network, so nothing could load it. Save whole checkpoints, or use export.save_shrunk at the end."
+                    "the network: nothing could load it. Save whole checkpoints, or use export.save_shrunk at the end."
                 )
         self._loading = _ShrinkFirst(pl_module, self._take_over)
 

@@ -249,9 +249,11 @@ class IterativeMagnitudePruning(SparsityCallback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         place = self._place(trainer, batch_idx)
-        if place is None and not self._rates.has_begun:  # resumed within an accumulation
-            place = self._place(trainer, batch_idx - batch_idx % trainer.accumulate_grad_batches)
         if place is None:
+            if not self._rates.has_begun:  # resumed within an accumulation
+                begun = self._place(trainer, batch_idx - batch_idx % trainer.accumulate_grad_batches)
+                assert begun is not None
+                self._begin_step(trainer, begun)
             return
         if self._unit == "it" and place != trainer.global_step and not is_fast_dev_run(trainer):
             raise ValueError(
@@ -264,7 +266,7 @@ class IterativeMagnitudePruning(SparsityCallback):
             if batch_idx > 0:
                 _seed_all(derive_seed(self._seed, *self.stream(self.leg + 1), trainer.global_rank))
             self._begin_leg(trainer, pl_module)
-        self._rates.begin_step(trainer, self.rounds, self.leg, place - self.rounds.start(self.leg), peak=self._peak)
+        self._begin_step(trainer, place)
 
     def facts(self) -> dict[str, float]:
         return {**super().facts(), "sparsity/round": float(self.round)}
@@ -377,6 +379,10 @@ class IterativeMagnitudePruning(SparsityCallback):
         if within and not epoch_ends:
             return None
         return trainer.current_epoch * (self.run.steps_per_epoch or 0) + steps + bool(within)
+
+    def _begin_step(self, trainer: L.Trainer, place: int) -> None:
+        """Let the step at `place` of the run have its rates."""
+        self._rates.begin_step(trainer, self.rounds, self.leg, place - self.rounds.start(self.leg), peak=self._peak)
 
     def _prepare_rounds(self, trainer: L.Trainer, pl_module: L.LightningModule, place: int) -> None:
         """Take from the dense phase what the rounds need of it."""

@@ -93,7 +93,7 @@ def test_the_summary_of_an_nm_run_says_which_backend_each_layer_ran_on_and_why(d
     train(cfg)
     backends = json.loads((Path(cfg.output_dir) / "summary.json").read_text())["backends"]
     reason = "2:4 kernels compute in bfloat16 or float16, not in torch.float32"
-    empty = {"dense_us": None, "sparse_us": None}
+    empty = {"dense_us": None, "sparse_us": None, "algorithms": None}
     assert backends == [
         {"name": f"network.{name}", "backend": "reference", "reason": reason} | empty for name in ("fc1", "fc2")
     ]

@@ -20,7 +20,7 @@ LAYERS = {
         ),
         0,
     ),
-    **dict.fromkeys(("masks", "mask_files", "stats", "snapshot", "tickets", "gates", "polarization"), 1),
+    **dict.fromkeys(("masks", "mask_files", "stats", "snapshot", "tickets", "gates", "polarization", "modes"), 1),
     **dict.fromkeys(("ops", "report", "soups", "export"), 2),
     **dict.fromkeys(("models", "data"), 3),
     "callbacks": 4,

@@ -18,6 +18,7 @@ from sparsetrain.export.architecture import is_inside, out_dim
 from sparsetrain.export.attention import attentions
 from sparsetrain.export.blocks import reasons, removable
 from sparsetrain.gates import Gates
+from sparsetrain.modes import evaluating
 from sparsetrain.polarization import Operation
 from sparsetrain.report.measure import cost
 from sparsetrain.selection import Selection
@@ -196,17 +197,12 @@ def _used(module: nn.Module, example_input: Tensor) -> set[str]:
     """
     called: set[nn.Module] = set()
     handles = [part.register_forward_pre_hook(lambda part, _: called.add(part)) for part in module.modules()]
-    training = {part: part.training for part in module.modules()}
     try:
-        for part in training:
-            part.training = False  # by attribute: `eval` of a module may do more
-        with torch.no_grad(), isolate_rng():
+        with torch.no_grad(), isolate_rng(), evaluating(module):
             module(example_input)
     finally:
         for handle in handles:
             handle.remove()
-        for part, was in training.items():
-            part.training = was
     parts = {name: part for name, part in module.named_modules() if part in called}
     inner = {f"{name}.{child}" for name, part in parts.items() if name for child, _ in part.named_children()}
     owners = parts.keys() | inner

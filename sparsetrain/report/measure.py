@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from sparsetrain.modes import undisturbed
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -264,7 +266,7 @@ class _Bookkeeper(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _count_flops(module: nn.Module, example_input: Tensor, book: _Book) -> int:
     example = example_for(module, example_input)
     counter = FlopCounterMode(display=False)
-    with _undisturbed(module), counter, _Bookkeeper(counter, book):
+    with _countable(module), counter, _Bookkeeper(counter, book):
         module(example)
     return counter.get_total_flops()
 
@@ -292,25 +294,17 @@ def _count_flops_by_parameter(
 
 
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, compiled code or fused attention; puts the module's state back at the end.
+def _countable(module: nn.Module) -> Iterator[None]:
+    """`modes.undisturbed`, without fused attention, which is one operation that the counter has no formula for.
 
     No parameter requires a gradient meanwhile: the counter hooks inputs that do, and a view of a parameter that is made
     without gradients says so and has no graph.
     """
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    training = {child: child.training for child in module.modules()}
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     fast_attention = torch.backends.mha.get_fastpath_enabled()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+    with undisturbed(module):
         try:
-            # The fast path is one fused operation that the counter has no formula for.
             torch.backends.mha.set_fastpath_enabled(False)
-            module.eval()
             for parameter in trainable:
                 parameter.requires_grad_(False)
             yield
@@ -318,11 +312,6 @@ def _undisturbed(module: nn.Module) -> Iterator[None]:
             for parameter in trainable:
                 parameter.requires_grad_(True)
             torch.backends.mha.set_fastpath_enabled(fast_attention)
-            for child, flag in training.items():
-                child.training = flag
-            for name, buffer in module.named_buffers():
-                if name in buffers and not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
 
 
 def _masked_parameter(name: str, mask: Tensor, named: Mapping[str, Tensor]) -> Tensor:

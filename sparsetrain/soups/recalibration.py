@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparsetrain.modes import evaluating
 from sparsetrain.soups.members import COUNT, STATISTICS
 
 
@@ -36,21 +37,19 @@ def recalibrate(
     norms = [layer for layer in norms if layer not in frozen]
     if not norms:
         return
-    training = {layer: layer.training for layer in module.modules()}
     momentum = [layer.momentum for layer in norms]
     before = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)} for layer in norms]
     seen = 0
     try:
-        for layer in training:
-            layer.training = False  # by attribute: `train` and `eval` of a module may do more
-        for layer in norms:
-            layer.training, layer.momentum = True, None  # None: the mean over all batches
-            layer.reset_running_stats()
-        for batch in batches:
-            module(batch)
-            seen += len(batch)
-            if images is not None and seen >= images:
-                break
+        with evaluating(module):
+            for layer in norms:
+                layer.training, layer.momentum = True, None  # None: the mean over all batches
+                layer.reset_running_stats()
+            for batch in batches:
+                module(batch)
+                seen += len(batch)
+                if images is not None and seen >= images:
+                    break
         if not seen:
             raise ValueError("There is no batch to recalibrate batch norm with. Give at least one.")
         unchanged = [not int(layer.get_buffer(COUNT)) for layer in norms]
@@ -61,8 +60,6 @@ def recalibrate(
         for layer, buffers, stays in zip(norms, before, unchanged, strict=True):
             for name in STATISTICS if stays else ():
                 layer.get_buffer(name).copy_(buffers[name])
-        for layer, was in training.items():
-            layer.training = was
         for layer, was_momentum, buffers in zip(norms, momentum, before, strict=True):
             layer.momentum = was_momentum
             layer.get_buffer(COUNT).copy_(buffers[COUNT])

@@ -213,8 +213,9 @@ def test_without_its_gates_the_network_is_the_plain_one():
 
 
 def test_initial_weights_come_from_the_given_generator_alone():
+    net = make_net()
     state = torch.get_rng_state()
-    one = gate(make_net())
+    one = gate(net)
     assert torch.equal(state, torch.get_rng_state())
     torch.rand(1)
     other = gate(make_net())

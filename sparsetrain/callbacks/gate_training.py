@@ -17,6 +17,7 @@ from sparsetrain.callbacks.penalty import AddedTerms
 from sparsetrain.callbacks.recalibration import MOST_IMAGES, fresh, inputs_of
 from sparsetrain.callbacks.trainer import forget_compiled, train_loaders
 from sparsetrain.gates import Gates, make_gates
+from sparsetrain.modes import evaluating
 from sparsetrain.polarization import Consensus, mean_gates
 from sparsetrain.rng import generator
 
@@ -88,27 +89,25 @@ class GateTraining:
         if self._hidden is None:
             consensus.observe({name: gates.logits(torch.empty(0)) for name, gates in self._gates.items()})
             return consensus
-        training = {part: part.training for part in self.pl_module.modules()}
         batches = self.trainer.num_training_batches
         limit = None if math.isinf(batches) else int(batches)
-        try:
-            for part in training:
-                part.training = False  # by attribute: `eval` of a module may do more
-            with isolate_rng(), self.trainer.precision_plugin.forward_context():
-                for loader in train_loaders(self.trainer):
-                    read = islice(fresh(_plain(loader), self._seed), limit)
-                    is_endless, seen = limit is None and sized_len(loader) is None, 0
-                    for inputs in inputs_of(self.trainer, self.pl_module, read):
-                        self.pl_module(inputs)
-                        consensus.observe(self._last_logits())
-                        seen += len(inputs)
-                        if is_endless and seen >= MOST_IMAGES:
-                            break
-        finally:
-            for part, was in training.items():
-                part.training = was
+        with isolate_rng(), evaluating(self.pl_module), self.trainer.precision_plugin.forward_context():
+            for loader in train_loaders(self.trainer):
+                read = islice(fresh(_plain(loader), self._seed), limit)
+                is_endless, seen = limit is None and sized_len(loader) is None, 0
+                for inputs in inputs_of(self.trainer, self.pl_module, read):
+                    self.pl_module(inputs)
+                    consensus.observe(self._last_logits())
+                    seen += len(inputs)
+                    if is_endless and seen >= MOST_IMAGES:
+                        break
         consensus.sum_over_ranks(lambda total: self._reduce(total, "sum"))
         return consensus
+
+    def forget(self) -> None:
+        """Forget what the gates said last, in a run of the module that is no training step."""
+        for gates in self._gates.values():
+            gates.last_logits = None
 
     def remove(self) -> None:
         """Leave the module as it was; may be called again."""
@@ -149,8 +148,9 @@ class GateTraining:
         for name, gates in self._gates.items():
             if gates.last_logits is None:
                 raise ValueError(
-                    f"The gates of {name!r} have seen no batch: this is not called as a module, or not in every step. "
-                    "Add its weights to `exclude`."
+                    f"The gates of {name!r} have seen no batch: this is not called as a module, or not in every step, "
+                    "or only without gradients, as by activation checkpointing with use_reentrant=True. Add its "
+                    "weights to `exclude`, or take use_reentrant=False."
                 )
             logits[name], gates.last_logits = gates.last_logits, None
         return logits

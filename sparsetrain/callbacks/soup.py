@@ -6,8 +6,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from sparsetrain.callbacks.first_batch import FirstBatch
 from sparsetrain.callbacks.iterative import IterativeMagnitudePruning, of_first_rank
-from sparsetrain.callbacks.recalibration import inputs_in, needs_recalibration, recalibrate
+from sparsetrain.callbacks.recalibration import needs_recalibration, recalibrate
 from sparsetrain.callbacks.trainer import train_loaders
 from sparsetrain.callbacks.vary import VariedSettings, Vary
 from sparsetrain.masks import Pruning
@@ -26,7 +27,8 @@ class SparseModelSoup(IterativeMagnitudePruning):
     sample of the training data; so the validation, checkpoint and metrics at the end of a round are of the soup, and
     those at the ends of other legs of an ingredient. The next round prunes the soup. All ingredients of a round share
     its masks, and so does the soup. For batch norm `forward` is called with the first part of each batch as the loader
-    and the transfer hooks give it: normalize in one of these or in `forward`, not in `training_step`.
+    and the transfer hooks give it: normalize in one of these or in `forward`, not in `training_step`. That is tried
+    with the first batch of the fit.
 
     The Trainer has to be `dense_length + rounds * ingredients * round_length` long, or has `max_epochs=-1`. With one
     ingredient this is iterative magnitude pruning whose batch norm is recalibrated: the control to compare with.
@@ -57,7 +59,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
 
     _mean: RunningMean | None
     _ends_leg: bool  # whether the batch begun last is the last one of a leg, and the leg has not been ended
-    _checks_batch: bool
+    _first_batch: FirstBatch | None
     _resumed_in: int  # the epoch; -1 in a run that is not resumed
 
     def __init__(
@@ -147,7 +149,8 @@ class SparseModelSoup(IterativeMagnitudePruning):
         self._resumed_in = trainer.current_epoch if resumed else -1
         loaders = train_loaders(trainer)
         is_bare = loaders[:1] == [trainer.train_dataloader]  # else batches come in a list or a dictionary of its own
-        self._checks_batch = needs_recalibration(pl_module, loaders) and is_bare
+        if needs_recalibration(pl_module, loaders) and is_bare:
+            self._first_batch = FirstBatch(trainer, pl_module)
         if not resumed:
             self._varied.check(trainer.optimizers, pl_module)
         elif self.leg:
@@ -159,9 +162,8 @@ class SparseModelSoup(IterativeMagnitudePruning):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._checks_batch and batch is not None:  # that of a `dataloader_iter` is
-            inputs_in(batch)  # for batch norm, at the end of a round
-            self._checks_batch = False
+        if self._first_batch is not None:
+            self._first_batch.look(batch)
         self._ends_leg = self.leg > 0 and self.ends_leg(trainer, batch_idx)
 
     def on_train_batch_end(
@@ -255,7 +257,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
 
     def _begin(self) -> None:
         super()._begin()
-        self._mean, self._ends_leg, self._checks_batch, self._resumed_in = None, False, False, -1
+        self._mean, self._ends_leg, self._first_batch, self._resumed_in = None, False, None, -1
         self._varied.release()
         self._varied = VariedSettings(self.vary)
 
@@ -271,4 +273,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
 
     def _release(self, trainer: L.Trainer) -> None:
         super()._release(trainer)
+        if self._first_batch is not None:
+            self._first_batch.release()
+            self._first_batch = None
         self._varied.release()

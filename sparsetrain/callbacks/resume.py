@@ -199,14 +199,17 @@ def _restore_loader(
         _set_sampler_epoch(part, trainer.current_epoch)
     fit._combined_loader_states_to_load = []
     loader._load_state_dicts(states)
-    # A new iterator of a DataLoader draws a seed: before the saved moment if that lies within an epoch, else after it.
+    # A new iterator of a DataLoader draws a seed: before the saved moment if that lies within an epoch, else where
+    # Lightning makes one for each epoch, after the hooks of its start, which may seed; for the first, before them.
     within_epoch = fit.epoch_loop.batch_progress.current.ready > 0 and not epoch_has_ended
     if within_epoch or states:
         iter(fetcher)  # at an epoch's end the loaded state is that of an iterator that has ended
     _set_random_state(random_state)
     for generator, state in zip(_generators(trainer), streams, strict=False):  # there may be others now
         generator.set_state(state.cpu())
-    if not within_epoch:
+    if not within_epoch and trainer.current_epoch > 0:
+        fit._resuming_from_checkpoint = fit.epoch_loop._restarting = False
+    elif not within_epoch:
         iter(fetcher)
 
 

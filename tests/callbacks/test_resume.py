@@ -71,7 +71,7 @@ def test_lightning_still_has_the_names_that_are_used(owner, names):
         ),
         (EPOCH, "batch_progress val_loop _restart_stage"),
         (EVALUATION, "_has_run _restart_stage"),
-        (_Loop, "_restarting"),
+        (_Loop, "_restarting _resuming_from_checkpoint"),
         (_LoggerConnector, "_callback_metrics"),
         (ModelCheckpoint, "_last_checkpoint_saved"),
     ],

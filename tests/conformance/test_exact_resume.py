@@ -139,11 +139,13 @@ def test_without_exact_resume_some_checkpoint_gives_another_run(tmp_path, make):
     assert any("module/body.0.weight" in difference for list_ in found.values() for difference in list_)
 
 
-def plain_data() -> dict[str, Any]:
+def plain_data(*, seeded: bool = False) -> dict[str, Any]:
+    """Loaders of torch; `seeded`, that for training has a generator of its own."""
     images, labels = samples()
     data = TensorDataset(images.float() / 128 - 1, labels)
+    stream = torch.Generator().manual_seed(5) if seeded else None
     return {
-        "train_dataloaders": DataLoader(data, BATCH, shuffle=True, num_workers=0),
+        "train_dataloaders": DataLoader(data, BATCH, shuffle=True, num_workers=0, generator=stream),
         "val_dataloaders": DataLoader(data, BATCH, num_workers=0),
     }
 
@@ -153,9 +155,11 @@ class TestPlainDataLoader:
     def test_it_resumes_bit_identically_at_epoch_ends(self, tmp_path):
         assert not resume_everywhere(tmp_path, gradual, data=plain_data, moments=lambda saved: saved.batches % 5 == 0)
 
+    @pytest.mark.parametrize("seeded", [False, True])
     @pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("rounds", "soup")], ids=lambda m: m.name)
-    def test_rounds_resume_bit_identically_at_their_ends(self, tmp_path, method):
-        at_ends = partial(resume_everywhere, tmp_path, lambda: [method.make()], data=plain_data)
+    def test_rounds_resume_bit_identically_at_their_ends(self, tmp_path, method, seeded):
+        data = partial(plain_data, seeded=seeded)
+        at_ends = partial(resume_everywhere, tmp_path, lambda: [method.make()], data=data)
         assert not at_ends(moments=lambda saved: saved.batches % 5 == 0)
 
     def test_the_run_says_once_that_it_does_so_at_epoch_ends_only(self, caplog):

@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -421,22 +422,57 @@ def test_members_in_channels_last_are_averaged_as_others():
     [
         ({"w": torch.zeros(2, 3)}, r"'n' is not in all members"),
         (
-            {"w": torch.zeros(3, 2), "n": torch.tensor(1)},
+            {"w": torch.zeros(3, 2), "n": torch.tensor([1, 1])},
             r"'w' has shape \(3, 2\) in this member and",
         ),
-        ({"w": torch.full((2, 3), torch.nan), "n": torch.tensor(1)}, r"The mean of 'w' is not finite: a member has"),
-        ({"w": torch.zeros(2, 3), "n": torch.tensor(2)}, r"'n' is of int64 and differs between members"),
+        (
+            {"w": torch.full((2, 3), torch.nan), "n": torch.tensor([1, 1])},
+            r"The mean of 'w' is not finite: a member has",
+        ),
+        ({"w": torch.zeros(2, 3), "n": torch.tensor([1, 2])}, r"'n' is of int64 and differs between members"),
     ],
 )
 def test_a_running_mean_refuses_a_member_and_stays_as_it_was(bad, message):
     mean = RunningMean()
     for value in (1.0, 3.0):
-        mean.add({"w": torch.full((2, 3), value), "n": torch.tensor(1)})
+        mean.add({"w": torch.full((2, 3), value), "n": torch.tensor([1, 1])})
     with pytest.raises(ValueError, match=message):
         mean.add(bad)
     assert mean.count == 2
-    mean.add({"w": torch.full((2, 3), 5.0), "n": torch.tensor(1)})
+    mean.add({"w": torch.full((2, 3), 5.0), "n": torch.tensor([1, 1])})
     assert torch.equal(mean.tensors["w"], torch.full((2, 3), 3.0))
+
+
+def test_of_counts_and_flags_the_largest_is_taken_and_a_stretch_of_one_element_is_none():
+    members = [{"steps": torch.tensor(n), "ready": torch.tensor([n > 3]), "at": torch.tensor([n])} for n in (3, 9, 5)]
+    assert_soups(members, {"steps": torch.tensor(9), "ready": torch.tensor([True]), "at": torch.tensor([9])})
+    longs = [{"order": torch.arange(AT_ONCE + 1)}, {"order": torch.cat([torch.arange(AT_ONCE), torch.tensor([0])])}]
+    for make in (uniform, running):
+        with pytest.raises(ValueError, match="'order' is of int64 and differs between members"):
+            make(longs)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_tensors_are_averaged_with_the_zeros_of_their_masks(dtype):
+    torch.manual_seed(0)
+    mask = torch.rand(3, 4) > 0.5
+    members = [{"w": torch.randn(3, 4, dtype=dtype) * mask} for _ in range(3)]
+    mean = torch.stack([torch.stack([m["w"].real, m["w"].imag]).double() for m in members]).sum(0) / 3
+    for soup in (uniform(members), uniform(members, [{"w": mask}] * 3), running(members)):
+        assert soup["w"].dtype == dtype
+        torch.testing.assert_close(torch.stack([soup["w"].real, soup["w"].imag]).double(), mean, atol=1e-6, rtol=0)
+        assert torch.equal(soup["w"] != 0, mask)
+    for wrong in (math.inf, complex(0, math.inf), math.nan):
+        bad = {"w": members[0]["w"] + wrong}
+        for make in (partial(uniform, masks=[{}] * 3), running):
+            with pytest.raises(ValueError, match="'w' is not finite: a member has diverged"):
+                make([members[0], bad, members[1]])
+
+
+def assert_soups(members: list[dict[str, Tensor]], expected: dict[str, Tensor]) -> None:
+    for soup in (uniform(members), running(members)):
+        assert soup.keys() == expected.keys()
+        assert all(torch.equal(soup[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_running_mean_refuses_a_first_member_that_has_diverged():

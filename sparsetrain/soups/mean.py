@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sparsetrain.soups.members import (
-    COUNT,
     Member,
     MemberMasks,
     common_kinds,
@@ -27,14 +26,15 @@ def uniform(members: Sequence[Member], masks: Sequence[MemberMasks] | None = Non
 
     Files are read a stretch at a time, so memory holds the soup and one pair of masks, however many members there are.
     Each mean is a running one in float32 (float64 of float64 weights), rounded to the members' type: members that are
-    equal give themselves, bit for bit; an infinity that all hold, as in a causal mask, stays. Of `num_batches_tracked`
-    the largest is taken; other integers and bools have to be equal. The running statistics of batch norm are averaged
-    as well; see `recalibrate` for better ones.
+    equal give themselves, bit for bit; an infinity that all hold, as in a causal mask, stays. Of integers and bools of
+    one element, such as `num_batches_tracked`, the largest is taken; other ones have to be equal. The running
+    statistics of batch norm are averaged as well; see `recalibrate` for better ones.
 
     Args:
         members: of the same names, shapes and types.
-        masks: of each member. None takes the zeros of floating tensors of two or more dimensions for pruned; a kept
-            weight may be 0 by chance, so give masks where they exist. `[{}] * len(members)` says that none is pruned.
+        masks: of each member. None takes the zeros of floating and complex tensors of two or more dimensions for
+            pruned; a kept weight may be 0 by chance, so give masks where they exist. `[{}] * len(members)` says that
+            none is pruned.
 
     Returns:
         A state dict on the CPU.
@@ -54,8 +54,8 @@ def uniform(members: Sequence[Member], masks: Sequence[MemberMasks] | None = Non
             mask = kept[name].cpu().reshape(-1) if kept and name in kept else None
             for part in parts(tensor.numel()):
                 pieces, out = (source.read(name, part) for source in sources), tensor.view(-1)[part]
-                if not tensor.is_floating_point():
-                    out.copy_(_merge(name, pieces))
+                if not _has_mean(tensor):
+                    out.copy_(_merge(name, pieces, tensor.numel()))
                 elif kept is None and tensor.ndim >= 2:
                     _write_mean_with_zeros_(out, name, pieces, labels)
                 else:
@@ -97,10 +97,10 @@ class RunningMean:
                 continue
             mean, piece = self.tensors[name].view(-1), tensor.reshape(-1)
             for part in parts(len(mean)):
-                if mean.is_floating_point():
+                if _has_mean(mean):
                     _take_in_(mean[part], name, [piece[part]], self.count)
                 else:
-                    mean[part] = _merge(name, (mean[part], piece[part]))
+                    mean[part] = _merge(name, (mean[part], piece[part]), len(mean))
 
     def _check(self, member: Mapping[str, Tensor]) -> None:
         before = self.tensors if self.count else member
@@ -113,8 +113,8 @@ class RunningMean:
                     f"{name!r} has shape {tuple(tensor.shape)} in this member and {tuple(mean.shape)} in those before. "
                     "Average networks of one architecture."
                 )
-            if not mean.is_floating_point():
-                _merge(name, (mean, tensor))
+            if not _has_mean(mean):
+                _merge(name, (mean, tensor), tensor.numel())
             elif not (_is_finite(mean) and _is_finite(tensor)):
                 # But for infinities that all hold; NaN is unlike itself.
                 unlike = ~(tensor.isfinite() & mean.isfinite()) & (_as(mean.dtype, tensor) != mean)
@@ -132,7 +132,11 @@ def _write_mean_(out: Tensor, name: str, pieces: Iterable[Tensor]) -> None:
 
 
 def _mean_type(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32) if tensor.is_floating_point() else tensor.dtype
+    return torch.promote_types(tensor.dtype, torch.float32) if _has_mean(tensor) else tensor.dtype
+
+
+def _has_mean(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _take_in_(mean: Tensor, name: str, pieces: Iterable[Tensor], first: int) -> None:
@@ -160,7 +164,7 @@ def _as(dtype: torch.dtype, tensor: Tensor) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return math.isfinite(float(tensor.sum())) or bool(tensor.isfinite().all())
+    return math.isfinite(float(tensor.sum().abs())) or bool(tensor.isfinite().all())
 
 
 def _write_mean_with_zeros_(out: Tensor, name: str, pieces: Iterable[Tensor], labels: Sequence[str]) -> None:
@@ -183,13 +187,14 @@ def _write_mean_with_zeros_(out: Tensor, name: str, pieces: Iterable[Tensor], la
 def _zero_(tensor: Tensor, kept: Tensor) -> None:
     """Set what is not kept to 0."""
     # As integers, the bits become those of +0.0 or stay; in a quarter of the time of `masked_fill_`.
-    tensor.view(_INTEGERS[tensor.itemsize]).mul_(kept.view(torch.uint8))
+    bits = torch.view_as_real(tensor) if tensor.is_complex() else tensor[:, None]
+    bits.view(_INTEGERS[bits.itemsize]).mul_(kept.view(torch.uint8)[:, None])
 
 
-def _merge(name: str, pieces: Iterable[Tensor]) -> Tensor:
-    """The value of a tensor that has no mean."""
+def _merge(name: str, pieces: Iterable[Tensor], size: int) -> Tensor:
+    """The value of a stretch of a tensor of so many elements that has no mean."""
     first, *others = (piece.clone() for piece in pieces)
-    if name.rpartition(".")[2] == COUNT:
+    if size == 1:
         return torch.stack([first, *others]).amax(0)
     if not all(torch.equal(first, other) for other in others):
         raise ValueError(

@@ -1,7 +1,7 @@
 """What N:M methods share: products with N of every M weights, while the optimizer moves all of them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
@@ -22,7 +22,7 @@ from sparsetrain.callbacks.base import SparsityCallback
 from sparsetrain.callbacks.checkpoints import HeldBackCheckpoints
 from sparsetrain.callbacks.decay import ClipThenDecay, check_decay
 from sparsetrain.callbacks.masters import MasterFollower, add_pruned_, copies_of, pruned_masters, restore_masters_
-from sparsetrain.callbacks.trainer import callbacks_of, is_compiled, is_fast_dev_run, set_callbacks
+from sparsetrain.callbacks.trainer import callbacks_of, has_compiled, is_compiled, is_fast_dev_run, set_callbacks
 from sparsetrain.choices import check_choice
 from sparsetrain.masks import Masks, Pruning
 from sparsetrain.ops import NMRule
@@ -213,6 +213,7 @@ class NMTraining(SparsityCallback):
                     "it in __init__, where it stays dense, or add it to `exclude`."
                 )
         self._bind(pl_module)
+        self._warn_of_late_layers(pl_module)
         self._check_owner(trainer)
         on_step = partial(self._after_counted_step, trainer, pl_module)
         self._optimizers = MasterFollower(self.masks, trainer.optimizers, on_move=self.apply, on_step=on_step)
@@ -366,6 +367,19 @@ class NMTraining(SparsityCallback):
     def _convert(self, pl_module: L.LightningModule) -> None:
         self._rows = ops.convert(pl_module, self.rule, where=self.where)
 
+    def _warn_of_late_layers(self, pl_module: L.LightningModule) -> None:
+        """Warn of weights that came after the conversion, and put them into the plan."""
+        planned = {row.name for row in self._rows}
+        late = [row for row in self.where.plan(pl_module) if row.name not in planned]
+        if names := [row.name for row in late if row.pruned]:
+            rank_zero_warn(
+                f"The layers of {', '.join(names)} were made after {type(self).__name__} had converted the others, as "
+                "in the module's `setup`, and are trained dense. Make them in __init__ or configure_model, or add them "
+                "to `exclude`."
+            )
+        dense = [replace(row, pruned=False, reason="made after the conversion") if row.pruned else row for row in late]
+        self._rows += tuple(dense)
+
     def _after_counted_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._count_step()
         if self.step == self._until:
@@ -380,7 +394,8 @@ class NMTraining(SparsityCallback):
         """Do what waited for a batch with an optimizer step."""
         if self._choice is not None:
             self._choice.after_step(trainer, pl_module)
-        if not self._layers or is_compiled(pl_module):  # compiled layers do not tell whether they are called
+        # Compiled layers do not tell whether they are called, and a compiled function may call any.
+        if not self._layers or is_compiled(pl_module) or has_compiled():
             return
         mine = torch.tensor([float(layer.called) for layer in self._layers.values()], device=pl_module.device)
         called = trainer.strategy.reduce(mine, reduce_op="sum").tolist()

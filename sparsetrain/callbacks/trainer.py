@@ -150,6 +150,11 @@ def forget_compiled(pl_module: L.LightningModule) -> None:
         torch.compiler.reset()
 
 
+def has_compiled() -> bool:
+    """Whether torch has compiled anything in this process."""
+    return bool(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 def is_compiled(pl_module: L.LightningModule) -> bool:
     """Whether the module, or a part of it, is compiled."""
     wrapped = torch._dynamo.eval_frame.OptimizedModule

@@ -214,6 +214,7 @@ def test_of_a_layer_that_the_module_does_not_call_it_warns_once_after_the_first_
         def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
             self.warned = [*getattr(self, "warned", []), len(caught)]
 
+    torch._dynamo.utils.counters.clear()  # of other tests, after which nothing is warned of
     counts = Counts()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -221,6 +222,21 @@ def test_of_a_layer_that_the_module_does_not_call_it_warns_once_after_the_first_
     (message,) = [str(w.message) for w in caught if "gradient" in str(w.message)]
     assert message.startswith("'net.0.weight' has a gradient, but its layer has not been called.")
     assert counts.warned[1] == counts.warned[2]
+
+
+class InSetup(Net):
+    """Makes its last layer when the data is known."""
+
+    def setup(self, stage: str) -> None:
+        self.net[-1] = nn.Linear(self.net[-1].in_features, self.net[-1].out_features)
+        self.extra = nn.Linear(8, 8)
+
+
+def test_a_layer_that_is_made_in_setup_is_warned_of_and_is_in_the_plan():
+    callback = BDWP()
+    with pytest.warns(UserWarning, match=r"The layers of extra\.weight were made after BidirectionalWeightPruning had"):
+        train(InSetup(), data(3), callback)
+    assert [row.reason for row in callback.plan if row.name == "extra.weight"] == ["made after the conversion"]
 
 
 class Direct(Net):
@@ -232,7 +248,22 @@ class Direct(Net):
         return x
 
 
-@pytest.mark.parametrize("make", [Direct, lambda: _compiled(Net())], ids=["forward_methods", "compiled"])
+@torch.compile(backend="eager")
+def called(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x)
+
+
+class InFunction(Net):
+    """Calls its layers in a compiled function."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return called(self.net, x)
+
+
+makes = [Direct, lambda: _compiled(Net()), InFunction]
+
+
+@pytest.mark.parametrize("make", makes, ids=["forward_methods", "compiled", "function"])
 def test_a_layer_that_computes_is_called_in_each_fit(make):
     module = make()
     for _ in range(2):  # warnings are errors here

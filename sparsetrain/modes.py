@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextlib.contextmanager
@@ -26,11 +26,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Let `module` be called in evaluation mode, without gradients or compiled code, and leave no trace of it.
+    """Let `module` be called in evaluation mode, without gradients or compiled code.
 
-    Buffers and torch's random streams are as they were afterwards.
+    Its layers have copies of their buffers meanwhile. Afterwards they have their own again, and the attributes that
+    they had, and torch's random streams, and generators that are attributes, are as they were. What else an attribute
+    holds may have changed within.
     """
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     devices = sorted({p.device.index for p in module.parameters() if p.device.type == "cuda"})
     with (
         torch.random.fork_rng(devices),
@@ -38,9 +39,23 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
         torch.compiler.set_stance("force_eager"),
         evaluating(module),
     ):
+        parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+        before = [(part, dict(vars(part)), dict(part._buffers)) for part in parts]
+        own = (value for _, attributes, _ in before for value in attributes.values())
+        streams = [(value, value.get_state()) for value in own if isinstance(value, torch.Generator)]
+        copies: dict[Tensor | None, Tensor | None] = {None: None}
+        for part, _, buffers in before:
+            for name, buffer in buffers.items():
+                if buffer not in copies:
+                    copies[buffer] = buffer.clone()  # type: ignore[union-attr]
+                part._buffers[name] = copies[buffer]
         try:
             yield
         finally:
-            for name, buffer in module.named_buffers():
-                if name in buffers and not torch.equal(buffer, buffers[name]):
-                    buffer.copy_(buffers[name])
+            for part, attributes, buffers in before:
+                vars(part).clear()
+                vars(part).update(attributes)
+                part._buffers.clear()
+                part._buffers.update(buffers)
+            for stream, state in streams:
+                stream.set_state(state)

@@ -104,11 +104,6 @@ class GateTraining:
         consensus.sum_over_ranks(lambda total: self._reduce(total, "sum"))
         return consensus
 
-    def forget(self) -> None:
-        """Forget what the gates said last, in a run of the module that is no training step."""
-        for gates in self._gates.values():
-            gates.last_logits = None
-
     def remove(self) -> None:
         """Leave the module as it was; may be called again."""
         if self._added is None:

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsetrain.callbacks.base import SparsityCallback
-from sparsetrain.callbacks.first_batch import FirstBatch
+from sparsetrain.callbacks.forward_trial import ForwardTrial
 from sparsetrain.callbacks.gate_training import GateTraining
 from sparsetrain.callbacks.gated import Gated, close_, closed_units, gated_blocks, gated_layers, masked, operations
 from sparsetrain.callbacks.penalty import LinearWeight
-from sparsetrain.callbacks.recalibration import needs_recalibration, recalibrate
+from sparsetrain.callbacks.recalibration import recalibrate
 from sparsetrain.callbacks.trainer import example_of, is_fast_dev_run, train_loaders, uncompiled
 from sparsetrain.choices import check_choice
 from sparsetrain.export import Unit, units
@@ -69,7 +69,7 @@ class PolarizationGating(SparsityCallback):
     examples are closed until the budget is met, and of them those that still fit are opened again. Of a loader without
     a length the first 10,000 examples are looked at; static gates need none. `forward` is called there, and for batch
     norm, with the first part of each batch as the loader and the transfer hooks give it: normalize in one of these or
-    in `forward`, not in `training_step`. That is tried with the first batch of the fit. The weights that read closed
+    in `forward`, not in `training_step`. That is tried with the second batch of the fit. The weights that read closed
     channels become 0 and are masked from there on; of closed blocks, those of linear layers and convolutions and what
     closes the block do, such as its last batch norm. Batch norm's statistics are computed anew, and the gates are gone:
     the rest of the run is plain training of the static network. After the fit, `export.shrink` makes it small:
@@ -138,7 +138,7 @@ class PolarizationGating(SparsityCallback):
     _extract_at: int
     _seed: int
     _is_small: bool
-    _first_batch: FirstBatch | None  # to draw one for the extraction would move the loader
+    _trial: ForwardTrial | None
 
     def __init__(
         self,
@@ -217,17 +217,13 @@ class PolarizationGating(SparsityCallback):
             )
             if self._restored is not None:
                 self._training.load_state_dict(self._restored["gates"])
-            loaders = train_loaders(trainer)
-            will_look = needs_recalibration(pl_module, loaders) or self.hidden is not None
-            if will_look and loaders[0] is trainer.train_dataloader:  # else batches are of several
-                self._first_batch = FirstBatch(trainer, pl_module)
+            self._trial = ForwardTrial.of(trainer, pl_module, always=self.hidden is not None)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._first_batch is not None and self._training is not None:
-            self._first_batch.look(batch)
-            self._training.forget()
+        if self._trial is not None:
+            self._trial.begin_batch(batch)
 
     def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         if self._training is not None:
@@ -268,15 +264,15 @@ class PolarizationGating(SparsityCallback):
         self.extraction, self._training = None, None
         self._layers, self._operations = (), ()
         self._extract_at, self._seed, self._is_small = 1, 0, False
-        self._first_batch = None
+        self._trial = None
         self.history_of_gates = {}
         self.history_of_cost = []
 
     def _detach(self) -> None:
         super()._detach()
-        if self._first_batch is not None:
-            self._first_batch.release()
-            self._first_batch = None
+        if self._trial is not None:
+            self._trial.release()
+            self._trial = None
         if self._training is not None:
             self._training.remove()  # it stays, for those that save after this
 

@@ -6,9 +6,9 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from sparsetrain.callbacks.first_batch import FirstBatch
+from sparsetrain.callbacks.forward_trial import ForwardTrial
 from sparsetrain.callbacks.iterative import IterativeMagnitudePruning, of_first_rank
-from sparsetrain.callbacks.recalibration import needs_recalibration, recalibrate
+from sparsetrain.callbacks.recalibration import recalibrate
 from sparsetrain.callbacks.trainer import train_loaders
 from sparsetrain.callbacks.vary import VariedSettings, Vary
 from sparsetrain.masks import Pruning
@@ -28,7 +28,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
     those at the ends of other legs of an ingredient. The next round prunes the soup. All ingredients of a round share
     its masks, and so does the soup. For batch norm `forward` is called with the first part of each batch as the loader
     and the transfer hooks give it: normalize in one of these or in `forward`, not in `training_step`. That is tried
-    with the first batch of the fit.
+    with the second batch of the fit.
 
     The Trainer has to be `dense_length + rounds * ingredients * round_length` long, or has `max_epochs=-1`. With one
     ingredient this is iterative magnitude pruning whose batch norm is recalibrated: the control to compare with.
@@ -59,7 +59,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
 
     _mean: RunningMean | None
     _ends_leg: bool  # whether the batch begun last is the last one of a leg, and the leg has not been ended
-    _first_batch: FirstBatch | None
+    _trial: ForwardTrial | None
     _resumed_in: int  # the epoch; -1 in a run that is not resumed
 
     def __init__(
@@ -147,10 +147,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
             )
         super().on_train_start(trainer, pl_module)
         self._resumed_in = trainer.current_epoch if resumed else -1
-        loaders = train_loaders(trainer)
-        is_bare = loaders[:1] == [trainer.train_dataloader]  # else batches come in a list or a dictionary of its own
-        if needs_recalibration(pl_module, loaders) and is_bare:
-            self._first_batch = FirstBatch(trainer, pl_module)
+        self._trial = ForwardTrial.of(trainer, pl_module)
         if not resumed:
             self._varied.check(trainer.optimizers, pl_module)
         elif self.leg:
@@ -162,8 +159,8 @@ class SparseModelSoup(IterativeMagnitudePruning):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._first_batch is not None:
-            self._first_batch.look(batch)
+        if self._trial is not None:
+            self._trial.begin_batch(batch)
         self._ends_leg = self.leg > 0 and self.ends_leg(trainer, batch_idx)
 
     def on_train_batch_end(
@@ -257,7 +254,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
 
     def _begin(self) -> None:
         super()._begin()
-        self._mean, self._ends_leg, self._first_batch, self._resumed_in = None, False, None, -1
+        self._mean, self._ends_leg, self._trial, self._resumed_in = None, False, None, -1
         self._varied.release()
         self._varied = VariedSettings(self.vary)
 
@@ -273,7 +270,7 @@ class SparseModelSoup(IterativeMagnitudePruning):
 
     def _release(self, trainer: L.Trainer) -> None:
         super()._release(trainer)
-        if self._first_batch is not None:
-            self._first_batch.release()
-            self._first_batch = None
+        if self._trial is not None:
+            self._trial.release()
+            self._trial = None
         self._varied.release()

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparsetrain.models import LeNet300100, resnet20, timm_model
@@ -299,3 +299,34 @@ def test_a_view_of_a_parameter_as_input_is_counted():
     net.layer.bias.requires_grad_(False)
     assert measure(net, {}, torch.zeros(1, 8)).dense_flops == 2 * 2 * 8 * 4
     assert [p.requires_grad for p in net.parameters()] == [True, True, False]
+
+
+class Ramp(nn.Module):
+    """Fills its buffer at its first call, or puts another one in its place."""
+
+    def __init__(self, *, grows: bool) -> None:
+        super().__init__()
+        self.grows, self.filled, self.linear = grows, 0, nn.Linear(3, 3)
+        self.stream = torch.Generator().manual_seed(2)
+        self.register_buffer("ramp", torch.zeros(1 if grows else 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.filled:
+            self.filled = 3
+            if self.grows:
+                self.ramp = torch.linspace(0, 1, 3)
+            else:
+                self.ramp.copy_(torch.linspace(0, 1, 3))
+        return self.linear(x + self.ramp + torch.rand(3, generator=self.stream))
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_buffer_that_forward_fills_once_is_filled_at_the_first_call_after_counting_too(grows):
+    module = Ramp(grows=grows)
+    buffer, drawn = module.ramp, module.stream.get_state()
+    cost(module, torch.zeros(1, 3))
+    assert module.ramp is buffer
+    assert not module.ramp.any()
+    assert torch.equal(module.stream.get_state(), drawn)
+    module(torch.zeros(1, 3))
+    assert torch.equal(module.ramp, torch.linspace(0, 1, 3))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _FIRST, _LAST = "<first>", "<last>"
 _WEIGHTED = (
@@ -47,7 +48,7 @@ class Selection:
         """One row per parameter of `module`, in the order of `named_parameters`.
 
         Raises:
-            ValueError: a glob that matches no parameter (with near names), or nothing to prune.
+            ValueError: a glob that matches no parameter (with near names), nothing to prune, or a lazy layer.
         """
         kinds = {name: (tuple(parameter.shape), kind) for name, parameter, kind in _kinds(module)}
         self._check_globs(list(kinds))
@@ -116,6 +117,11 @@ def _kinds(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, str]]:
         for attribute, parameter in owner.named_parameters(recurse=False):
             roles.setdefault(id(parameter), set()).add(_role(owner, attribute))
     for name, parameter in module.named_parameters():
+        if is_lazy(parameter):
+            raise ValueError(
+                f"{name!r} has no shape before its layer's first call. Call {type(module).__name__} with a batch "
+                "before, or give the layer its number of inputs."
+            )
         held = roles[id(parameter)]
         if "embedding" in held and "weight" in held:
             kind = "tied to an embedding"

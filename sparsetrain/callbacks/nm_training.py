@@ -13,7 +13,6 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 from torch.optim import Optimizer
 
 from sparsetrain import ops
@@ -26,7 +25,7 @@ from sparsetrain.callbacks.trainer import callbacks_of, has_compiled, is_compile
 from sparsetrain.choices import check_choice
 from sparsetrain.masks import Masks, Pruning
 from sparsetrain.ops import NMRule
-from sparsetrain.ops.layers import EffectiveLayer, make_effective
+from sparsetrain.ops.layers import EffectiveLayer, check_parameter, make_effective
 from sparsetrain.ops.policy import Decision, check_backend
 from sparsetrain.selection import PlanRow, Selection
 from sparsetrain.steps import check_steps
@@ -51,10 +50,10 @@ class NMTraining(SparsityCallback):
     left: those of the tail, or those before it.
 
     Effective weights are made once for an optimizer step, at the start of the next batch. Whatever writes weights
-    before that, in hooks of the module or other callbacks, is seen; later, within the batch, writing in place is, but
-    through `.data` or in compiled code it is not. A use of a weight beside its layer's own call, as that of a tied
-    decoder, has the dense master until the end of the fit. Writing into the tensors of a `state_dict` is not:
-    those of these layers are copies, so averages have to go through `parameters()`.
+    before that, in hooks of the module or other callbacks, is seen; later, within the batch or between accumulated
+    ones, writing in place is, but through `.data` or in compiled code it is not. Writing into the tensors of a
+    `state_dict` is not, either: those of these layers are copies, so averages have to go through `parameters()`. A use
+    of a weight beside its layer's own call, as that of a tied decoder, has the dense master until the end of the fit.
 
     Args:
         rule: the effective weights of a layer.
@@ -197,7 +196,8 @@ class NMTraining(SparsityCallback):
             self._convert(pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        # Without the masters, which would be kept as long as the rest.
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "shadow"})
         self._loaded = state_dict.get("shadow", {})
         self._decided = tuple(map(Decision.from_state, state_dict["decisions"]))
 
@@ -207,11 +207,7 @@ class NMTraining(SparsityCallback):
 
     def take_hold(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, layer in ops.effective_layers(pl_module):
-            if is_parametrized(layer):
-                raise ValueError(
-                    f"The weight of {name!r} was parametrized after {type(self).__name__} had converted the layer. Do "
-                    "it in __init__, where it stays dense, or add it to `exclude`."
-                )
+            check_parameter(name, layer)
         self._bind(pl_module)
         self._warn_of_late_layers(pl_module)
         self._check_owner(trainer)
@@ -253,9 +249,18 @@ class NMTraining(SparsityCallback):
 
         Layers that no optimizer holds, such as those of a momentum encoder, may be written at any moment without a
         notice: their products make them each time.
+
+        Raises:
+            ValueError: a weight that was parametrized, or has another shape, since training started.
         """
         trained = set() if self._optimizers is None else self._optimizers.followed
         for name, layer in self._layers.items():
+            check_parameter(name.removesuffix(".weight"), layer)
+            if layer.weight.shape != self.masks[name].shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(layer.weight.shape)}, and had {tuple(self.masks[name].shape)} when "
+                    "training started. Let layers grow before the fit, or add it to `exclude`."
+                )
             if name in trained and layer.weight.requires_grad and layer.stale:
                 layer.refresh_(self._dtype)
 
@@ -402,8 +407,9 @@ class NMTraining(SparsityCallback):
         for (name, layer), ranks in zip(self._layers.items(), called, strict=True):
             if not ranks and layer.weight.grad is not None:
                 rank_zero_warn(
-                    f"{name!r} has a gradient, but its layer has not been called. If the module multiplies the weight "
-                    "by itself, it is trained dense, and N:M in checkpoints only: then add it to `exclude` of `where`."
+                    f"{name!r} has a gradient, but its layer was not called in the first step. If the module "
+                    "multiplies the weight by itself, it is trained dense, and N:M in checkpoints only: then add it to "
+                    "`exclude` of `where`."
                 )
 
     def _begin_tail(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

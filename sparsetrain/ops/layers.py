@@ -62,10 +62,10 @@ class _Effective(nn.Module):
         """Compute the effective weights now; every forward uses them until the next `refresh_` or `forget`.
 
         Call it after each change of the weight. A forward that finds the weight written in place, or another one in its
-        place (`torch.func.functional_call`), computes them anew; one that is compiled does not, and neither is writing
-        through `.data` noticed. The cache keeps its storage as long as dtype, device and shape stay, so compiled graphs
-        remain valid; a graph whose backward has yet to run is then refused by autograd ("modified by an inplace
-        operation").
+        place (`torch.func.functional_call`), computes them anew; one that is compiled does not, and neither writing
+        through `.data` nor the step of a fused optimizer is noticed. The cache keeps its storage as long as dtype,
+        device and shape stay, so compiled graphs remain valid; a graph whose backward has yet to run is then refused by
+        autograd ("modified by an inplace operation").
 
         Args:
             dtype: the compute dtype, as bfloat16 under autocast; None: the weight's own.
@@ -90,8 +90,8 @@ class _Effective(nn.Module):
 
     @property
     def stale(self) -> bool:
-        """Whether `refresh_` is due: after `forget`, or because the weight has been written in place since."""
-        return not self._fresh or self._seen != self.weight._version
+        """Whether `refresh_` is due: after `forget`, or because the weight was written in place or replaced since."""
+        return not self._fresh or self._seen != self.weight._version or self._of != _identity(self.weight)
 
     @property
     def _is_present(self) -> bool:
@@ -113,7 +113,7 @@ class _Effective(nn.Module):
         That is without a cache, with one in float16, which rounds small weights to 0, and on a GPU, where one kernel
         ranks the weights as it adds the decay.
         """
-        if self._cached is None or not self._fresh or self.weight.is_cuda:
+        if self._cached is None or not self._is_present or self.weight.is_cuda:
             return None
         forward = self._cached[0]
         return forward != 0 if forward.dtype in (self.weight.dtype, torch.bfloat16) else None
@@ -122,7 +122,8 @@ class _Effective(nn.Module):
         """Save the forward product's weights, under the name that the plain layer gives them."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         key = f"{prefix}weight"
-        destination[key] = destination[key].masked_fill(~self.mask, 0)
+        if key in destination:  # else it was parametrized since, which the next batch or `fold` refuses
+            destination[key] = destination[key].masked_fill(~self.mask, 0)
 
     def _load_from_state_dict(self, *arguments: Any, **settings: Any) -> None:
         """Load as the plain layer does, and forget what was made of the weights before."""
@@ -311,8 +312,9 @@ def unconvert(module: nn.Module) -> tuple[nn.Module, ...]:
         kind = type(layer)
         if kind in _PLAIN:
             layer.__class__ = _PLAIN[kind]
-        else:  # torch.nn.utils.parametrize has made a class of its own for the layer
-            kind.__bases__ = tuple(_PLAIN.get(base, base) for base in kind.__bases__)
+        else:  # torch.nn.utils.parametrize has made a class of its own for the layer, which its copies share
+            bases = tuple(_PLAIN.get(base, base) for base in kind.__bases__)
+            layer.__class__ = type(kind.__name__, bases, dict(vars(kind)))
     return layers
 
 
@@ -322,12 +324,30 @@ def fold(module: nn.Module) -> dict[str, Tensor]:
 
     Returns:
         The masks, by parameter name; True = kept.
+
+    Raises:
+        ValueError: a weight that was parametrized after its conversion; nothing is changed then.
     """
+    for name, layer in effective_layers(module):
+        check_parameter(name, layer)
     folded = masks(module)
     for name, layer in effective_layers(module):
         layer.weight.masked_fill_(~folded[_join(name, "weight")], 0)
     unconvert(module)
     return folded
+
+
+def check_parameter(name: str, layer: EffectiveLayer) -> None:
+    """Raise if the weight of a converted layer is no Parameter any more.
+
+    Raises:
+        ValueError: it is computed, by a parametrization.
+    """
+    if "weight" not in layer._parameters:
+        raise ValueError(
+            f"The weight of {name!r} was parametrized after the layer had been converted to {layer.rule}. Do it in "
+            "__init__, where the layer stays dense, or add it to `exclude`."
+        )
 
 
 def _obstacle(root: nn.Module, owner: str, attribute: str, names: list[str]) -> str | None:
@@ -352,7 +372,8 @@ def _identity(weight: Tensor) -> tuple[int, int]:
 
 
 def _fits(cached: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
-    return cached.dtype == dtype and cached.device == weight.device and cached.stride() == weight.stride()
+    where = cached.dtype == dtype and cached.device == weight.device
+    return where and cached.shape == weight.shape and cached.stride() == weight.stride()
 
 
 def _differ(old: Tensor, new: Tensor) -> bool:

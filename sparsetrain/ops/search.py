@@ -4,6 +4,7 @@ An algorithm can crash, hang, or give numbers that are wrong or change from call
 are tried in another process, which is started again behind the one that ended it.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -92,37 +94,45 @@ class Trial:
 class Cache:
     """Algorithms found before, in a JSON file; of equal cuSPARSELt version, GPU and product only.
 
+    Of two processes that write at once, one may lose an entry, which is searched again another time.
+
     Args:
-        path: the file; made at the first `put`. Its folder is made now.
+        path: the file, read now; it and its folder are made at the first `put`.
 
     Raises:
-        ValueError: the file is there and is something else.
-        OSError: it cannot be read, or its folder not be made.
+        ValueError: the file is there and is something else, or cannot be read.
     """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._read()
+        self.path = Path(path).expanduser().absolute()  # the working directory may change
+        self._found = self._read()
 
     def get(self, product: Product) -> int | None:
         """The algorithm found for `product` on this GPU, or None."""
-        found = self._read().get(_key(product))
-        return None if found is None else int(found)
+        found = self._found.get(_key(product))
+        return found if type(found) is int and found in _ALGORITHMS else None
 
     def put(self, product: Product, algorithm: int) -> None:
-        """Keep `algorithm` for `product` on this GPU."""
-        content = {**self._read(), _key(product): algorithm}
-        new = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        new.write_text(json.dumps(content, indent=1) + "\n")
-        new.replace(self.path)  # as a whole: another process may read it
+        """Keep `algorithm` for `product` on this GPU.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._found[_key(product)] = algorithm
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(ValueError):  # if it was damaged since
+            self._found = {**self._read(), **self._found}  # what others have found meanwhile
+        with tempfile.TemporaryDirectory(dir=self.path.parent, prefix=f".{self.path.name}-") as folder:
+            new = Path(folder) / self.path.name
+            new.write_text(json.dumps(self._found, indent=1) + "\n")
+            new.replace(self.path)  # as a whole: another process may read it
 
     def _read(self) -> dict[str, Any]:
         try:
             content = json.loads(self.path.read_text())
         except FileNotFoundError:
             return {}
-        except json.JSONDecodeError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{self.path} is no cache of algorithms: {error}. Delete it to search again.") from error
         if not isinstance(content, dict):
             raise ValueError(f"{self.path} is no cache of algorithms: not a JSON object. Delete it to search again.")
@@ -132,7 +142,8 @@ class Cache:
 def best_algorithm(product: Product, cache: Cache) -> int:
     """The number of the fastest correct algorithm for `product`, for `cusparselt.matmul`.
 
-    It is looked up in `cache`, else searched (which takes some seconds of the GPU) and kept there.
+    It is looked up in `cache`, else searched (which takes some seconds of the GPU) and kept there, or a warning says
+    why not.
 
     Args:
         product: the shapes and the dtype.
@@ -148,7 +159,10 @@ def best_algorithm(product: Product, cache: Cache) -> int:
     algorithm = cache.get(product)
     if algorithm is None:
         algorithm = fastest(sweep(product))
-        cache.put(product, algorithm)
+        try:
+            cache.put(product, algorithm)
+        except OSError as error:
+            warnings.warn(f"The algorithm found for {product} is not kept for later runs: {error}.", stacklevel=2)
     return algorithm
 
 
@@ -204,7 +218,8 @@ def _run(
 ) -> tuple[int | None, list[Trial], str | None]:
     """Start the process at algorithm `first`: the last one that it began, its trials, why it ended early or None."""
     task = {**asdict(product), "dtype": str(product.dtype).removeprefix("torch."), "first": first}
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+    text = partial(tempfile.TemporaryFile, "w+", encoding="utf-8", errors="replace")  # libraries write what they like
+    with text() as output, text() as errors:
         try:
             done = subprocess.run(
                 [*command, json.dumps(task)], stdout=output, stderr=errors, timeout=timeout_s, env=_environment()
@@ -218,7 +233,10 @@ def _run(
         for line in output:
             if not (line.startswith(_OURS) and line.endswith("\n")):
                 continue  # cut off by the end of the process, or a library's
-            entry = json.loads(line.removeprefix(_OURS))
+            try:
+                entry, _ = json.JSONDecoder().raw_decode(line.removeprefix(_OURS))  # a library's text may stand behind
+            except ValueError:
+                continue
             if isinstance(entry, int):
                 reached = entry
             else:
@@ -303,4 +321,5 @@ def main(index: str, task: str) -> None:
     device = torch.device("cuda", int(index))
     torch.cuda.set_device(device)
     for entry in try_algorithms(product, first, device, multiply=_multiply, time_us=event_us):
-        print(_OURS + json.dumps(entry if isinstance(entry, int) else asdict(entry)), flush=True)
+        line = json.dumps(entry if isinstance(entry, int) else asdict(entry))
+        print(f"\n{_OURS}{line}", flush=True)  # a library's line may not have ended

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from callbacks.nm_network import BDWP, SCALED, STE, Regression, SaveOnce, is_n_of_m, kinds
-from conformance.harness import PlainModule, fit
+from conformance.harness import PlainModule, SaveEverywhere, fit
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 
@@ -209,8 +209,26 @@ def test_a_layer_that_is_parametrized_after_its_conversion_is_refused_and_given_
             nn.utils.parametrizations.spectral_norm(self.body[5])
 
     module = Late()
-    with pytest.raises(ValueError, match=r"weight of 'body\.5' was parametrized after BidirectionalWeightPruning"):
+    with pytest.raises(ValueError, match=r"weight of 'body\.5' was parametrized after the layer had been"):
         fit(BDWP(), make=lambda: module)
     assert not list(ops.effective_layers(module))
     assert module(torch.randn(2, 1, 4, 4)).shape == (2, 3)
     assert isinstance(module.body[5], nn.Linear)
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_epoch_end"])
+def test_a_layer_that_is_parametrized_in_training_is_refused_at_the_next_batch(tmp_path, hook):
+    def parametrize(module: PlainModule) -> None:
+        nn.utils.parametrizations.weight_norm(module.body[5])
+
+    with pytest.raises(ValueError, match=r"weight of 'body\.5' was parametrized after the layer had been converted to"):
+        fit(BDWP(), SaveEverywhere(tmp_path), make=type("Late", (PlainModule,), {hook: parametrize}))
+
+
+def test_a_layer_that_grows_in_training_is_refused_at_the_next_batch():
+    class Grows(PlainModule):
+        def on_train_epoch_end(self) -> None:
+            self.body[5].weight = nn.Parameter(torch.randn(20, 64))
+
+    with pytest.raises(ValueError, match=r"'body\.5\.weight' has shape \(20, 64\), and had \(16, 64\) when training"):
+        fit(BDWP(), make=Grows)

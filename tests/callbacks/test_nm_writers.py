@@ -220,7 +220,7 @@ def test_of_a_layer_that_the_module_does_not_call_it_warns_once_after_the_first_
         warnings.simplefilter("always")
         train(PassesBy(), data(3), counts, BDWP())
     (message,) = [str(w.message) for w in caught if "gradient" in str(w.message)]
-    assert message.startswith("'net.0.weight' has a gradient, but its layer has not been called.")
+    assert message.startswith("'net.0.weight' has a gradient, but its layer was not called in the first step.")
     assert counts.warned[1] == counts.warned[2]
 
 

@@ -297,6 +297,50 @@ def test_the_decay_is_that_of_the_mask_with_and_without_a_cache(backward, cached
     assert torch.equal(layer.weight.grad, grad + 0.25 * layer.weight.detach().masked_fill(layer.mask, 0))
 
 
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_the_decay_is_that_of_a_weight_written_since_the_cache_was_made(backward):
+    layer = nn.Linear(16, 12)
+    convert(layer, NMRule(2, 4, backward))
+    layer.refresh_()
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(12, 16))
+    layer.weight.grad = torch.zeros(12, 16)
+    layer.add_decay_(0.25)
+    assert torch.equal(layer.weight.grad, 0.25 * layer.weight.detach().masked_fill(layer.mask, 0))
+
+
+def test_a_weight_that_is_replaced_makes_the_cache_stale_and_another_shape_a_new_one():
+    layer, x = nn.Linear(8, 8, bias=False), torch.randn(3, 8)
+    convert(layer, NMRule(2, 4))
+    layer.refresh_()
+    layer.weight = nn.Parameter(layer.weight.detach()[:4])
+    assert layer.stale
+    layer.refresh_()
+    assert not layer.stale
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.rule.weights(layer.weight, torch.float32)[0]))
+
+
+@pytest.mark.parametrize("parametrize", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_a_layer_that_is_parametrized_after_conversion_is_refused_by_fold_and_undone_alone(parametrize):
+    layer = nn.Linear(8, 8)
+    convert(layer, NMRule(2, 4))
+    parametrize(layer)
+    layer.state_dict()
+    with pytest.raises(ValueError, match="was parametrized after the layer had been converted to 2:4"):
+        fold(layer)
+    twin = copy.deepcopy(layer)
+    unconvert(layer)
+    assert not list(effective_layers(layer))
+    assert [kind for kind, _ in effective_layers(twin)] == [""]
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is nn.Linear
+
+
+def test_a_lazy_layer_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match=r"'0\.weight' has no shape before .* Call Sequential with a batch before"):
+        convert(nn.Sequential(nn.LazyLinear(8)), NMRule(2, 4))
+
+
 def test_a_refresh_between_forward_and_backward_is_refused_by_autograd():
     layer = nn.Linear(8, 8)
     convert(layer, NMRule(2, 4, backward="bidirectional"))

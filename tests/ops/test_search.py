@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +26,9 @@ with Path(sys.argv[1]).open("a") as starts:
     starts.write(str(task["first"]) + "\\n")
 for algorithm in range(task["first"], 6):
     print("a library says hello", flush=True)
+    sys.stdout.buffer.write(b"r\\xe9glage\\n")
+    sys.stderr.buffer.write(b"r\\xe9glage\\n")
+    print('sparsetrain: {"cut": ', "says another", flush=True)
     print("sparsetrain:", algorithm, flush=True)
     if algorithm == 1:
         os.abort()
@@ -37,7 +41,7 @@ for algorithm in range(task["first"], 6):
         os._exit(3)
     time_us = 100.0 - 10.0 * algorithm
     trial = {"algorithm": algorithm, "error": 1e-3, "stable": True, "time_us": time_us, "default_us": 100.0}
-    print("sparsetrain:", json.dumps(trial), flush=True)
+    print("sparsetrain:", json.dumps(trial) + "tuned", flush=True)
 """
 
 
@@ -85,7 +89,8 @@ def test_the_process_reads_the_task_and_writes_what_is_read_of_it(monkeypatch, c
     search.main("2", task.read_text())
     device = torch.device("cuda", 2)
     assert seen == [device, (PRODUCT, 0, device)]
-    lines = f"import sys; sys.stdout.write({capsys.readouterr().out!r})"
+    noisy = capsys.readouterr().out.replace("\nsparsetrain:", "tuning ...\nsparsetrain:")  # a line that is not ended
+    lines = f"import sys; sys.stdout.write({noisy!r})"
     assert sweep(PRODUCT, command=(sys.executable, "-S", "-c", lines)) == [GOOD]
 
 
@@ -201,12 +206,47 @@ def test_the_cache_is_used_for_equal_library_gpu_and_product_only(gpu, monkeypat
     assert cache.path.stat().st_mode == beside.stat().st_mode  # others may read it
 
 
-@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", None], ids=["cut", "list", "binary", "folder"])
 def test_a_spoiled_cache_is_an_error_with_the_remedy(gpu, tmp_path, content):
     path = tmp_path / "algorithms.json"
-    path.write_text(content)
+    path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(ValueError, match=r"is no cache of algorithms.*Delete it"):
         Cache(path)
+
+
+@pytest.mark.parametrize("value", ["abc", [1], math.inf, -3, 100, 7.0, True, None])
+def test_what_is_no_algorithm_in_a_cache_is_searched_anew(gpu, tmp_path, value):
+    path = tmp_path / "algorithms.json"
+    path.write_text(json.dumps({search._key(PRODUCT): value}))
+    assert best_algorithm(PRODUCT, Cache(path)) == 7
+    assert gpu == [PRODUCT]
+    assert json.loads(path.read_text()) == {search._key(PRODUCT): 7}
+
+
+def test_a_cache_that_cannot_be_written_warns_and_what_was_found_is_used(gpu, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cache = Cache("a.json")
+    Path("b").mkdir()
+    monkeypatch.chdir("b")  # which does not move the file
+    assert best_algorithm(PRODUCT, cache) == 7
+    assert (tmp_path / "a.json").exists()
+    cache = Cache(tmp_path / "folder" / "a.json")
+    (tmp_path / "folder").touch()  # a file in its place
+    with pytest.warns(UserWarning, match=r"The algorithm found for 32x.* is not kept for later runs: .*folder"):
+        assert best_algorithm(PRODUCT, cache) == 7
+    assert cache.get(PRODUCT) == 7
+
+
+def test_entries_that_another_process_has_added_stay(gpu, tmp_path):
+    mine, other = Cache(tmp_path / "a.json"), Cache(tmp_path / "a.json")
+    more = replace(PRODUCT, bias=False)
+    other.put(more, 3)
+    mine.put(PRODUCT, 5)
+    both = Cache(tmp_path / "a.json")
+    assert (both.get(PRODUCT), both.get(more)) == (5, 3)
+    (tmp_path / "a.json").write_text("{")  # damaged in between
+    mine.put(PRODUCT, 6)
+    assert Cache(tmp_path / "a.json").get(PRODUCT) == 6
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def draw_sparsity(
         path: the file; its suffix chooses the format (.png, .pdf, .svg). Its folder is made.
         plan: one row per parameter of the module.
         history: the mask updates, in order. May be empty: then nothing has been pruned.
-        target: (optimizer step, target sparsity) points of the schedule, in order of steps.
+        target: (optimizer step, target sparsity) points, in order of steps; each holds until the next.
 
     Raises:
         ValueError: the plan prunes nothing.
@@ -59,20 +59,15 @@ def draw_sparsity(
         over_time.set_box_aspect(0.9)  # the right panel grows with the network, the left one stays legible
         over_time.set_anchor("N")
 
-    if target:
-        over_time.plot(*zip(*target, strict=True), color=_TARGET, linestyle="--", linewidth=1.4, label="target")
-    steps = [update.step for update in history]
-    actual = [1 - sum(update.kept[name] for name in sizes) / total for update in history]
-    end = max([0, *steps, *(step for step, _ in target)])
-    if history:
-        over_time.plot(
-            [*steps, end],
-            [*actual, actual[-1]],
-            color=_ACTUAL,
-            drawstyle="steps-post",
-            linewidth=1.8,
-            label="actual",
-        )
+    actual = [(update.step, 1 - sum(update.kept[name] for name in sizes) / total) for update in history]
+    end = max([0, *(step for step, _ in [*actual, *target])])
+    for points, look in (
+        (target, {"label": "target", "color": _TARGET, "linestyle": "--", "linewidth": 1.2, "zorder": 3}),
+        (actual, {"label": "actual", "color": _ACTUAL, "linewidth": 1.8}),
+    ):
+        if points:
+            held = [(0, 0.0), *points, (end, points[-1][1])]  # until the next update, and dense before the first
+            over_time.plot(*zip(*held, strict=True), drawstyle="steps-post", **look)
     over_time.set_title(f"Sparsity of the {total:,} maskable weights: {overall:.2%} at the end", fontsize=11)
     over_time.set(xlabel="optimizer step", ylabel="sparsity", xlim=(0, max(end, 1)), ylim=(0, 1))
     over_time.grid(alpha=0.3, linewidth=0.6)

@@ -508,3 +508,10 @@ def test_layers_that_no_batch_reaches_and_frozen_ones_keep_their_statistics():
 def test_complex_tensors_have_distances():
     one = {"w": torch.tensor([1 + 1j, 2j])}
     assert distances([one, {"w": one["w"] + (3 + 4j)}])[0, 1] == pytest.approx(50**0.5)
+
+
+def test_equal_counts_of_types_without_an_order_and_conjugate_views_are_averaged():
+    members = [{"n": torch.tensor(3, dtype=torch.uint32), "w": torch.ones(2, 3, dtype=torch.complex64).conj()}] * 2
+    for soup in (uniform(members), running(members)):
+        assert soup["n"] == 3
+        assert torch.equal(soup["w"], members[0]["w"].resolve_conj())

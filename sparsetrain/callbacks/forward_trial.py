@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.callbacks.recalibration import inputs_in, needs_recalibration
 from sparsetrain.callbacks.trainer import has_compiled, is_compiled, train_loaders
-from sparsetrain.modes import evaluating
+from sparsetrain.modes import undisturbed
 
 _MOST_SHIFT = 0.25  # of means, in standard deviations; augmentation moves them by less
 _MOST_SCALE = 3.0  # of standard deviations
@@ -83,28 +83,42 @@ class ForwardTrial:
 
     def _try(self, inputs: Tensor) -> tuple[str, Moments] | None:
         """The layer that `forward` calls first of those with parameters, and what it is given, if that can be told."""
-        try:
-            module = copy.deepcopy(self.pl_module)
-        except Exception:  # it holds something that cannot be copied, such as an activation
-            return None
-        module._trainer = self.pl_module._trainer
         found: list[tuple[str, Any]] = []
-        for name, layer in module.named_modules():
-            own = next(layer.parameters(recurse=False), None)
-            if name and own is not None and not isinstance(layer, torch.jit.ScriptModule):
-                layer.register_forward_pre_hook(lambda _, args, name=name: found.append((name, _moments(args, inputs))))
-        try:
-            with isolate_rng(), torch.no_grad(), evaluating(module), self.trainer.precision_plugin.forward_context():
+        handles: list[RemovableHandle] = []
+        # The module itself, too, is left as it is: it may be held by closures, or by a part that copies keep.
+        with isolate_rng(), undisturbed(self.pl_module), self.trainer.precision_plugin.forward_context():
+            try:
+                module = self._copy()
+            except Exception:  # it holds something that cannot be copied, such as an activation
+                return None
+            for name, layer in module.named_modules():
+                own = next(layer.parameters(recurse=False), None)
+                if name and own is not None and not isinstance(layer, torch.jit.ScriptModule):
+                    note = lambda _, args, name=name: found.append((name, _moments(args, inputs)))  # noqa: E731
+                    handles.append(layer.register_forward_pre_hook(note))
+            try:
                 module(inputs.clone())
-        except torch.OutOfMemoryError:  # of the copy
-            return None
-        except Exception as error:
-            raise ValueError(
-                f"{type(module).__name__} is called outside of its training steps, too, with the first part of each "
-                f"training batch, here a tensor of {inputs.dtype} and shape {tuple(inputs.shape)}; its `forward` "
-                f"fails: {error}. Let the loader yield (inputs, targets), and `forward` take the inputs."
-            ) from error
+            except torch.OutOfMemoryError:  # of the copy
+                return None
+            except Exception as error:
+                raise ValueError(
+                    f"{type(module).__name__} is called outside of its training steps, too, with the first part of "
+                    f"each training batch, here a tensor of {inputs.dtype} and shape {tuple(inputs.shape)}; its "
+                    f"`forward` fails: {error}. Let the loader yield (inputs, targets), and `forward` take the inputs."
+                ) from error
+            finally:
+                for handle in handles:
+                    handle.remove()
         return found[0] if found and found[0][1] is not None else None
+
+    def _copy(self) -> L.LightningModule:
+        """A copy of the module that knows the Trainer and logs nothing."""
+        module, live = copy.deepcopy(self.pl_module), set(self.pl_module.modules())
+        for part in module.modules():
+            if isinstance(part, L.LightningModule) and part not in live:
+                part._trainer = self.trainer
+                part.log = lambda *_, **__: None  # type: ignore[method-assign]
+        return module
 
     def _compare(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         if self._handle is None or not self.trainer.training:

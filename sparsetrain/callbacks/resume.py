@@ -22,8 +22,9 @@ T = TypeVar("T")
 class ExactResume(L.Callback):
     """Saves and restores what Lightning loses: random streams, the loader's place, accumulated gradients, validations.
 
-    With the loaders of `sparsetrain.data`, or any whose state says which batch comes next, a run resumed from any
-    checkpoint goes on bit for bit as if it had not been interrupted. With a plain `DataLoader` that holds for
+    With the loaders of `sparsetrain.data`, or any whose state says which batch comes next (that of torchdata's does not
+    if it has a generator of its own), a run resumed from any checkpoint goes on bit for bit as if it had not been
+    interrupted. With a plain `DataLoader` that holds for
     checkpoints at the end of an epoch, but for what its workers draw at random if they are persistent. Validation does
     not advance the random streams, so a run is the same however often it is validated. On several processes, gradients
     accumulated before a checkpoint are restored as their mean, which is the same sum in another order. A checkpoint
@@ -94,7 +95,8 @@ class ExactResume(L.Callback):
             parameter = pl_module.get_parameter(name)
             parameter.grad = gradient.to(parameter.device)
         trainer._logger_connector._callback_metrics.update(self._restored["metrics"])
-        epoch_has_ended = trainer.fit_loop.resumed_on_epoch_end or trainer.fit_loop.restarted_on_epoch_end
+        fit = trainer.fit_loop
+        epoch_has_ended = fit.resumed_on_epoch_end or fit.restarted_on_epoch_end or _run_has_ended(trainer)
         _mend_progress(trainer)
         streams = self._restored["generators"][trainer.global_rank]
         _restore_loader(trainer, self._loader_states, ranks[trainer.global_rank], streams, epoch_has_ended)
@@ -119,8 +121,11 @@ class ExactResume(L.Callback):
     ) -> None:
         fit = trainer.fit_loop
         assert fit._data_fetcher is not None
-        if fit.epoch_loop._should_check_val_fx(fit._data_fetcher):
-            self._before_validation = _random_state()  # the iterator of the validation loader draws before its hooks
+        # The iterator of the validation loader draws before its hooks. A validation that is due by the clock may become
+        # so between here and there.
+        by_clock = trainer._val_check_time_interval is not None  # type: ignore[attr-defined]
+        is_due = by_clock or fit.epoch_loop._should_check_val_fx(fit._data_fetcher)
+        self._before_validation = _random_state() if is_due else None
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.fit_loop.epoch_loop._restarting = False  # it is still set where only the end of an epoch was left to do
@@ -141,11 +146,22 @@ def _mend_progress(trainer: L.Trainer) -> None:
         fit.reset_restart_stage()
         _Loop.restarting.fset(fit, False)  # type: ignore[attr-defined]
         epoch.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+    elif _run_has_ended(trainer):
+        fit.reset_restart_stage()
+        epoch.reset_restart_stage()
+        _Loop.restarting.fset(fit, False)  # type: ignore[attr-defined]
     elif fit.resumed_on_epoch_end:
         epoch.update_lr_schedulers("epoch", update_plateau_schedulers=True)
     elif epoch.restarted_on_train_batch_end:
         _return_to_batch_end(trainer, fetcher)
     fit._restarting = False  # or the end of the epoch leaves out schedulers that read the validation's metric
+
+
+def _run_has_ended(trainer: L.Trainer) -> bool:
+    """Whether the checkpoint was saved behind the end of an epoch, as by a callback's `on_train_end`."""
+    fit, epochs = trainer.fit_loop, trainer.fit_loop.epoch_progress.total
+    begun = fit.resumed_on_epoch_end or fit.restarted_on_epoch_end or fit.epoch_loop.restarted_on_train_batch_end
+    return 0 < epochs.ready == epochs.completed and not begun
 
 
 def _return_to_batch_end(trainer: L.Trainer, fetcher: _DataFetcher) -> None:

@@ -60,7 +60,7 @@ def draw_sparsity(
         over_time.set_anchor("N")
 
     actual = [(update.step, 1 - sum(update.kept[name] for name in sizes) / total) for update in history]
-    end = max([0, *(step for step, _ in [*actual, *target])])
+    end = max([1, *(step for step, _ in [*actual, *target])])
     for points, look in (
         (target, {"label": "target", "color": _TARGET, "linestyle": "--", "linewidth": 1.2, "zorder": 3}),
         (actual, {"label": "actual", "color": _ACTUAL, "linewidth": 1.8}),
@@ -69,7 +69,7 @@ def draw_sparsity(
             held = [(0, 0.0), *points, (end, points[-1][1])]  # until the next update, and dense before the first
             over_time.plot(*zip(*held, strict=True), drawstyle="steps-post", **look)
     over_time.set_title(f"Sparsity of the {total:,} maskable weights: {overall:.2%} at the end", fontsize=11)
-    over_time.set(xlabel="optimizer step", ylabel="sparsity", xlim=(0, max(end, 1)), ylim=(0, 1))
+    over_time.set(xlabel="optimizer step", ylabel="sparsity", xlim=(0, end), ylim=(0, 1))
     over_time.grid(alpha=0.3, linewidth=0.6)
     if target or history:
         over_time.legend(loc="lower right", frameon=False)

@@ -194,7 +194,7 @@ def _zero_(tensor: Tensor, kept: Tensor) -> None:
 def _merge(name: str, pieces: Iterable[Tensor], size: int) -> Tensor:
     """The value of a stretch of a tensor of so many elements that has no mean."""
     first, *others = (piece.clone() for piece in pieces)
-    if size == 1:
+    if size == 1 and not all(torch.equal(first, other) for other in others):  # not all types of integers are ordered
         return torch.stack([first, *others]).amax(0)
     if not all(torch.equal(first, other) for other in others):
         raise ValueError(

@@ -53,7 +53,8 @@ class _State:
     def read(self, name: str, part: slice) -> Tensor:
         """The weights in `part` of the tensor `name`, row-major."""
         if name != self._name:
-            self._name, self._flat = name, self._tensors[name].detach().reshape(-1)  # may copy; once a tensor
+            plain = self._tensors[name].detach().resolve_conj().resolve_neg()  # which NumPy has no notion of
+            self._name, self._flat = name, plain.reshape(-1)  # may copy; once a tensor
         return self._flat[part].cpu()
 
 

@@ -205,3 +205,50 @@ def test_a_layer_whose_input_has_no_moments_is_not_compared(kind):
             return super().forward(self.first(x))
 
     assert fit(soup(), make=Strange, exact=False).trainer.global_step == 15
+
+
+class Rebuilt(nn.Linear):
+    """Is copied by making it anew, which draws."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rebuilt":
+        other = type(self)(self.in_features, self.out_features)
+        other.load_state_dict(self.state_dict())
+        return other
+
+
+class Kept(nn.Linear):
+    """Is one for all copies."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Kept":
+        return self
+
+
+class Inner(L.LightningModule):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / (1 + self.trainer.world_size)
+
+
+class Strange(Quiet):
+    """Logs in `forward`, calls a closure, and has parts that are copied in ways of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.rebuilt, self.kept = Inner(), Rebuilt(3, 3), Kept(3, 3)
+        self.run = lambda x: self.head(torch.relu(self.body(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log("x/mean", x.mean(), on_step=True, on_epoch=True)
+        return self.kept(self.rebuilt(self.run(self.inner(x))))
+
+
+@pytest.mark.filterwarnings("ignore:You called `self.log.'x/mean'")
+def test_a_trial_of_a_strange_module_changes_neither_it_nor_what_is_logged():
+    twice, logged = Twice(), []
+    runs = [fit(*callbacks, make=Strange, exact=False) for callbacks in ([twice], [])]
+    for run in runs:
+        logged.append({name: float(value) for name, value in run.trainer.logged_metrics.items()})
+        assert not run.module.kept._forward_pre_hooks
+    assert not any(twice.hooked)  # the closure has called the module, not its copy
+    assert_same(dict(runs[0].module.state_dict()), dict(runs[1].module.state_dict()))
+    assert logged[0] == logged[1]
+    assert "x/mean_epoch" in logged[0]

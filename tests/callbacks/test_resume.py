@@ -1,5 +1,7 @@
 import inspect
+import itertools
 import random
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from conformance.harness import (
     PlainModule,
+    Run,
     SaveEverywhere,
     SaveNowhere,
     assert_same,
@@ -193,3 +196,41 @@ def test_resuming_a_run_that_was_saved_without_it_warns(tmp_path):
     fit(saver, make=PlainModule, exact=False)
     with pytest.warns(UserWarning, match=r"saved without ExactResume: its random streams begin anew"):
         fit(SaveNowhere(), make=PlainModule, ckpt_path=saver.saved[-1].path)
+
+
+@pytest.mark.parametrize("steps", [False, True])
+@pytest.mark.parametrize("kind", ["in_memory", "plain", "seeded"])
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_run_that_was_saved_at_its_very_end_is_made_longer(tmp_path, kind, steps):
+    def train(*callbacks: L.Callback, epochs: int, **options: Any) -> Run:
+        images, labels = samples()
+        dataset = TensorDataset((images.float() - 128) / 64, labels)
+        stream = torch.Generator().manual_seed(5) if kind == "seeded" else None
+        plain = {"train_dataloaders": DataLoader(dataset, 8, shuffle=True, generator=stream)}
+        data = loaders() | ({} if kind == "in_memory" else plain)
+        limits = {"max_epochs": epochs} | ({"max_steps": 1000} if steps else {})
+        return fit(*callbacks, make=PlainModule, data=data, **limits, **options)
+
+    last = ModelCheckpoint(tmp_path, save_last=True, every_n_epochs=100)  # which it writes in `on_train_end`
+    train(last, epochs=2)
+    longer = train(SaveNowhere(), epochs=4, ckpt_path=last.last_model_path)
+    assert sorted(longer.trace.batches) == list(range(11, 21))
+    whole = train(SaveNowhere(), epochs=4)
+    assert_same(dict(whole.module.state_dict()), dict(longer.module.state_dict()))
+
+
+def test_a_validation_that_the_clock_calls_for_between_two_hooks_rewinds_nothing(monkeypatch):
+    class Streams(L.Callback):
+        def __init__(self) -> None:
+            self.seen: list[bytes] = []
+
+        def on_train_batch_start(self, *_: Any) -> None:
+            self.seen.append(torch.get_rng_state().numpy().tobytes())
+
+    drawn = random.Random(0)  # some seconds pass each time that one looks at it
+    clock = itertools.accumulate(drawn.randint(1, 3) for _ in itertools.count())
+    monkeypatch.setattr(training_epoch_loop.time, "monotonic", lambda: float(next(clock)))
+    streams = Streams()
+    run = fit(streams, make=PlainModule, max_epochs=4, val_check_interval=timedelta(seconds=7))
+    assert len(run.trace.validations) > 4
+    assert len(set(streams.seen)) == len(streams.seen) == 20

@@ -330,3 +330,23 @@ def test_a_buffer_that_forward_fills_once_is_filled_at_the_first_call_after_coun
     assert torch.equal(module.stream.get_state(), drawn)
     module(torch.zeros(1, 3))
     assert torch.equal(module.ramp, torch.linspace(0, 1, 3))
+
+
+def test_a_layer_that_forward_makes_at_its_first_call_is_made_by_the_first_call_after_counting():
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 3), None
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.head is None:
+                self.head = nn.Linear(3, 2)
+                self.register_buffer("seen", torch.ones(1), persistent=False)
+            return self.head(self.body(x))
+
+    module = Late()
+    cost(module, torch.zeros(1, 3))
+    assert [*module.state_dict()] == ["body.weight", "body.bias"]
+    assert module.head is None
+    module(torch.zeros(1, 3))
+    assert module.head in module.modules()

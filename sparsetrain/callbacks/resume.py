@@ -24,12 +24,12 @@ class ExactResume(L.Callback):
 
     With the loaders of `sparsetrain.data`, or any whose state says which batch comes next (that of torchdata's does not
     if it has a generator of its own), a run resumed from any checkpoint goes on bit for bit as if it had not been
-    interrupted. With a plain `DataLoader` that holds for
-    checkpoints at the end of an epoch, but for what its workers draw at random if they are persistent. Validation does
-    not advance the random streams, so a run is the same however often it is validated. On several processes, gradients
-    accumulated before a checkpoint are restored as their mean, which is the same sum in another order. A checkpoint
-    written amid a batch, as by `OnExceptionCheckpoint`, goes on with the next batch. Under manual optimization, where
-    only the module knows what it accumulates, gradients are part of every checkpoint.
+    interrupted. With a plain `DataLoader` that holds for checkpoints at the end of an epoch, but for what its workers
+    draw at random if they are persistent. Validation does not advance the random streams, so a run is the same however
+    often it is validated. On several processes, gradients accumulated before a checkpoint are restored as their mean,
+    which is the same sum in another order. A checkpoint written amid a batch, as by `OnExceptionCheckpoint`, goes on
+    with the next batch. Under manual optimization, where only the module knows what it accumulates, gradients are part
+    of every checkpoint.
 
     Private names of Lightning are used here, and one each in `checkpoints`, `recalibration` and `trainer`; tests fail
     if they are renamed.

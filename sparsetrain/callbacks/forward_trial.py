@@ -30,7 +30,7 @@ class ForwardTrial:
     compared with what it gets in the training step: a module that normalizes its batches there has a `forward` that
     sees raw ones, and is warned. It is a copy that is called, with the second batch: `forward` may keep something from
     call to call, and need what the first step has made. Modules that cannot be copied are not tried, nor are compiled
-    ones, whose step would be compiled anew.
+    ones; where anything has been compiled, nothing is compared, as a step might be compiled anew.
 
     Args:
         trainer: of the fit.
@@ -67,11 +67,11 @@ class ForwardTrial:
             return
         self._batches += 1
         inputs = inputs_in(batch)
-        if self._batches == 1 or is_compiled(self.pl_module) or has_compiled():
+        if self._batches == 1 or is_compiled(self.pl_module):
             return
         norms = (part.training for part in self.pl_module.modules() if isinstance(part, _BatchNorm))
         first = self._try(inputs) if self._always or any(norms) else None
-        if first is not None:
+        if first is not None and not has_compiled():  # a compiled function may call the layer
             name, self._given = first
             self._handle = self.pl_module.get_submodule(name).register_forward_pre_hook(self._compare)
 

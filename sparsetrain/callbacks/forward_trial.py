@@ -94,8 +94,11 @@ class ForwardTrial:
             for name, layer in module.named_modules():
                 own = next(layer.parameters(recurse=False), None)
                 if name and own is not None and not isinstance(layer, torch.jit.ScriptModule):
-                    note = lambda _, args, name=name: found.append((name, _moments(args, inputs)))  # noqa: E731
-                    handles.append(layer.register_forward_pre_hook(note))
+                    handles.append(
+                        layer.register_forward_pre_hook(
+                            lambda _, args, name=name: found.append((name, _moments(args, inputs)))
+                        )
+                    )
             try:
                 module(inputs.clone())
             except torch.OutOfMemoryError:  # of the copy

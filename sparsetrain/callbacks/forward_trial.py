@@ -85,6 +85,11 @@ class ForwardTrial:
         """The layer that `forward` calls first of those with parameters, and what it is given, if that can be told."""
         found: list[tuple[str, Any]] = []
         handles: list[RemovableHandle] = []
+
+        def note(name: str, args: tuple[Any, ...]) -> None:
+            if not found:
+                found.append((name, _moments(args, inputs)))
+
         # The module itself, too, is left as it is: it may be held by closures, or by a part that copies keep.
         with isolate_rng(), undisturbed(self.pl_module), self.trainer.precision_plugin.forward_context():
             try:
@@ -94,11 +99,7 @@ class ForwardTrial:
             for name, layer in module.named_modules():
                 own = next(layer.parameters(recurse=False), None)
                 if name and own is not None and not isinstance(layer, torch.jit.ScriptModule):
-                    handles.append(
-                        layer.register_forward_pre_hook(
-                            lambda _, args, name=name: found.append((name, _moments(args, inputs)))
-                        )
-                    )
+                    handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args)))
             try:
                 module(inputs.clone())
             except torch.OutOfMemoryError:  # of the copy

@@ -18,7 +18,7 @@ from sparsetrain.export.architecture import is_inside, out_dim
 from sparsetrain.export.attention import attentions
 from sparsetrain.export.blocks import reasons, removable
 from sparsetrain.gates import Gates
-from sparsetrain.modes import evaluating
+from sparsetrain.modes import undisturbed
 from sparsetrain.polarization import Operation
 from sparsetrain.report.measure import cost
 from sparsetrain.selection import Selection
@@ -198,7 +198,7 @@ def _used(module: nn.Module, example_input: Tensor) -> set[str]:
     called: set[nn.Module] = set()
     handles = [part.register_forward_pre_hook(lambda part, _: called.add(part)) for part in module.modules()]
     try:
-        with torch.no_grad(), isolate_rng(), evaluating(module):
+        with isolate_rng(), undisturbed(module):
             module(example_input)
     finally:
         for handle in handles:
